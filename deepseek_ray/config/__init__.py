@@ -1,0 +1,1 @@
+"""What a run is: frozen pydantic models. Imports neither torch nor ray."""

@@ -1,0 +1,53 @@
+"""The base of every configuration class: frozen, unknown keys refused, errors that name the key and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deepseek_ray.errors import ConfigError
+
+
+class FrozenConfig(BaseModel):
+    """A frozen pydantic model that forbids unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str = "") -> Self:
+        """Build from a mapping; raise ConfigError with one line per problem. `source` says where the values are from."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(describe_validation_error(error, cls, source)) from None
+
+
+def describe_validation_error(error: ValidationError, cls: type[BaseModel], source: str) -> str:
+    """One line per problem: dotted key, its value, what is allowed, and the nearest known key for a misspelt one."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(cls, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            lines.append(f"unknown key {key!r}; {hint}")
+        else:
+            lines.append(f"{key} is {problem.get('input')!r}: {problem['msg']}")
+    prefix = f"{source}: " if source else ""
+    return prefix + "; ".join(lines)
+
+
+def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        field = cls.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        options = getattr(annotation, "__args__", (annotation,))
+        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not nested:
+            return []
+        cls = nested[0]
+    return list(cls.model_fields)

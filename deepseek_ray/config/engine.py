@@ -1,0 +1,52 @@
+"""What an engine and a deployment are: the settings behind `LLM(...)` and `deepseek-ray serve`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from deepseek_ray.config.base import FrozenConfig
+
+InferenceDtype = Literal["float32", "bfloat16"]
+
+
+class EngineConfig(FrozenConfig):
+    """Continuous batching and the latent KV cache of one attention worker."""
+
+    block_size: int = Field(default=16, ge=1, le=256)
+    """Tokens per cache block."""
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of latent KV cache; None takes room for `max_num_seqs` sequences of `max_model_len`, at most 1 GiB."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Most sequences that run in one step."""
+    max_num_batched_tokens: int = Field(default=512, ge=1)
+    """Most tokens computed in one step; longer prompts are prefilled in chunks."""
+    max_waiting: int = Field(default=256, ge=0)
+    """Most requests that wait in one engine; beyond it a request is refused."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt + output in tokens; None takes the model's `max_position_embeddings`."""
+    seed: int = 0
+    """Seed of requests that bring none (mixed with the request id)."""
+
+
+class DeploymentConfig(FrozenConfig):
+    """One served model: a router, attention workers and expert shards."""
+
+    name: str = Field(default="default", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")
+    model_dir: str
+    """Checkpoint directory in the Hugging Face layout, readable on every node under this path."""
+    served_model_name: str | None = None
+    """Name clients use; None takes the directory's name."""
+    dtype: InferenceDtype = "bfloat16"
+    attention_workers: int = Field(default=1, ge=1)
+    expert_shards: int = Field(default=2, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    """Cores the whole engine may use; None takes all of them."""
+    transport: Literal["auto", "shared_memory", "tcp"] = "auto"
+    """How frames travel; auto is shared memory on one node and TCP between nodes."""
+    orphan_timeout_seconds: float = Field(default=30.0, gt=0)
+    """Actors exit when neither router nor owner was seen for this long."""
+    request_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Deadline of a request that brings none; also the longest a request may ask for."""
+    engine: EngineConfig = EngineConfig()

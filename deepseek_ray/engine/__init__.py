@@ -1,0 +1,1 @@
+"""Continuous batching over a paged latent KV cache. No Ray, no HTTP."""

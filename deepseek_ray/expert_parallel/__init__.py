@@ -1,0 +1,1 @@
+"""Which shard computes which expert: pure functions."""

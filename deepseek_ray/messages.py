@@ -1,0 +1,142 @@
+"""What crosses a process boundary outside the per-layer path, typed field by field.
+
+msgspec structs: encoded as MessagePack on links (never pickle), validated while decoding.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from deepseek_ray.errors import RequestError
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
+    """How to choose tokens; names, defaults and meanings are vLLM's. `validate()` is called by whoever accepts one."""
+
+    n: int = 1
+    max_tokens: int | None = 16
+    """Most tokens to generate; None means up to the context length."""
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 and -1 keep the whole vocabulary."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Number of most likely tokens to report beside the chosen one; None reports nothing, 0 only the chosen one."""
+    logit_bias: dict[int, float] | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Raise RequestError naming the field, its value and the limit. Ids are checked when `vocab_size` is given."""
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # NaN fails both comparisons
+                raise RequestError(f"{name} is {value}; it must be between {low:g} and {high:g}", param=name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower it", param="min_tokens"
+            )
+        if len(self.stop_strings) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(self.stop_strings)} strings; at most {MAX_STOP_STRINGS}", param="stop")
+        for text in self.stop_strings:
+            if not 0 < len(text) <= MAX_STOP_LENGTH:
+                raise RequestError(
+                    f"a stop string has {len(text)} characters; it needs 1 to {MAX_STOP_LENGTH}", param="stop"
+                )
+        if vocab_size is not None:
+            self._validate_ids(vocab_size)
+
+    def _validate_ids(self, vocab_size: int) -> None:
+        for name in ("stop_token_ids", "logit_bias"):
+            ids = getattr(self, name) or ()
+            if len(ids) > MAX_LISTED_IDS:
+                raise RequestError(f"{name} lists {len(ids)} token ids; at most {MAX_LISTED_IDS}", param=name)
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise RequestError(
+                        f"{name} holds token id {token_id}; the vocabulary has ids 0 to {vocab_size - 1}", param=name
+                    )
+        for bias in (self.logit_bias or {}).values():
+            if not -100 <= bias <= 100:
+                raise RequestError(f"logit_bias holds {bias}; biases lie between -100 and 100", param="logit_bias")
+
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LISTED_IDS = 1024
+_RANGES = (
+    ("n", 1, 16),
+    ("max_tokens", 1, 2**31 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+    ("temperature", 0, 100),
+    ("top_p", 1e-6, 1),
+    ("top_k", -1, 2**31 - 1),
+    ("min_p", 0, 1),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 1e-3, 1e3),
+    ("seed", -(2**63), 2**63 - 1),
+    ("logprobs", 0, 20),
+)
+
+
+class GenerateRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """One sequence to generate. `n > 1` is expanded by the caller into n requests with their own ids and seeds."""
+
+    request_id: str
+    attempt: int = 0
+    """0 for the first try; one more each time the request is sent to another attention worker."""
+    prompt_token_ids: list[int]
+    output_token_ids: list[int] = []
+    """Tokens the client already has (non-empty on a retry); generation goes on after them."""
+    params: SamplingParams
+    deadline_seconds: float | None = None
+    """Time left when the request was sent, a duration: clocks of two processes are never compared."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """Log-probability of a chosen token, and the most likely tokens at its place, most likely first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
+    """What one engine step added to one request. Events of a request, in order, concatenate to its output."""
+
+    request_id: str
+    attempt: int
+    index: int
+    """Position in the output of the first token of `token_ids`; readers drop what they have already seen."""
+    token_ids: list[int] = []
+    text: str = ""
+    """Text that became final with this event: whole characters only, never part of a possible stop string."""
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    """None while running; then "stop", "length", "abort" or "error"."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended the output, None for end-of-sequence."""
+    error: str | None = None
+    """With finish_reason "error": one sentence for the client. `error_kind` is the name of the error class."""
+    error_kind: str | None = None
+
+
+class AbortRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """The client is gone: stop the work and free its cache blocks."""
+
+    request_id: str

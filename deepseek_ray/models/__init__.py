@@ -1,0 +1,1 @@
+"""The DeepSeek decoder, and its weights in the Hugging Face layout."""

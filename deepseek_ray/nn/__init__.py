@@ -1,0 +1,1 @@
+"""Layers of the DeepSeek architecture on one device."""

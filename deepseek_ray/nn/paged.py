@@ -1,0 +1,58 @@
+"""A step's batch and the paged latent KV cache it reads and writes.
+
+Letters: T tokens of the step, S sequences of the step, B cache blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """The tokens one engine step computes, flat, sequence after sequence."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64: place of each token in its sequence; a token attends to positions 0..itself."""
+    slots: Tensor
+    """[T] int64: where each token's latent goes in the cache, block * block_size + offset."""
+    sequence_rows: Tensor
+    """[T] int32: which row of `block_tables` each token belongs to."""
+    block_tables: Tensor
+    """[S, max_blocks] int32: cache blocks of each sequence in order; unused entries are 0."""
+    logit_rows: Tensor
+    """[n] int64: the tokens whose logits are wanted."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+
+class LatentCache:
+    """Latents of every layer: `(RMSNorm(c), RoPE(k_rope))`, `kv_lora_rank + qk_rope_head_dim` values per token."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.data = torch.zeros(num_layers, num_blocks * block_size, width, dtype=dtype, device=device)
+
+    def layer(self, layer: int) -> Tensor:
+        """[num_blocks * block_size, width] of one layer."""
+        return self.data[layer]
+
+    @staticmethod
+    def bytes_per_block(num_layers: int, block_size: int, width: int, dtype: torch.dtype) -> int:
+        return num_layers * block_size * width * dtype.itemsize

@@ -1,0 +1,1 @@
+"""Pre-training: loss, step, balance, checkpoints, and the Ray Train shell."""

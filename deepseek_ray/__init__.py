@@ -1,6 +1,6 @@
 """deepseek_ray: train, search and serve DeepSeek-style mixture-of-experts models on Ray.
 
-Public names load on first use (PEP 562), so importing the package costs milliseconds and pulls in neither torch nor ray.
+Public names load on first use (PEP 562): importing the package costs milliseconds and pulls in neither torch nor ray.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class FrozenConfig(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "") -> Self:
-        """Build from a mapping; raise ConfigError with one line per problem. `source` says where the values are from."""
+        """Build from a mapping; raise ConfigError naming each problem. `source` says where the values are from."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -1,0 +1,84 @@
+"""The operators of the inference path, as an interface with two implementations.
+
+All of them are row-invariant: the bits of a row of the result depend on that row's inputs alone, never on the other
+rows, their number, or the number of threads. That is what makes a failover or another batch leave the output unchanged.
+
+Letters: T tokens (rows), H heads, N output features, K input features, E experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScoreKind = Literal["sigmoid", "softmax"]
+
+
+class PackedWeight:
+    """Weights of `groups` linear layers of one shape `[N, K]`, in the layout one implementation wants."""
+
+    def __init__(self, data: Tensor, groups: int, num_out: int, num_in: int) -> None:
+        self.data = data
+        self.groups = groups
+        self.num_out = num_out
+        self.num_in = num_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+
+class Kernels(ABC):
+    """What the paged decoder and the expert shards compute with."""
+
+    name: str
+
+    @abstractmethod
+    def pack(self, weights: Sequence[Tensor]) -> PackedWeight:
+        """Weights, each `[N, K]` in float32 or bfloat16 and of one shape, into this implementation's layout."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+        """`x [T, K] @ weight.T -> [T, N]`, accumulated in float32; `weight` has one group."""
+
+    @abstractmethod
+    def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+        """`x [T, H, K]`, one group of `weight` per head `-> [T, H, N]`."""
+
+    @abstractmethod
+    def grouped_linear(self, x: Tensor, weight: PackedWeight, groups: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Rows sorted by group: the first `rows[0]` of `x [T, K]` meet group `groups[0]`, and so on `-> [T, N]`."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`x [T, K]`, `weight [K]` float32 `-> [T, K]` in x's dtype; statistics in float32."""
+
+    @abstractmethod
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """`[T, 2N] -> [T, N]`: `silu(first half) * second half`."""
+
+    @abstractmethod
+    def scores(self, logits: Tensor, kind: ScoreKind) -> Tensor:
+        """Gate scores of float32 `logits [T, E] -> [T, E]`."""
+
+    @abstractmethod
+    def latent_attention(
+        self,
+        query: Tensor,
+        cache: Tensor,
+        block_tables: Tensor,
+        sequence_rows: Tensor,
+        positions: Tensor,
+        block_size: int,
+        value_width: int,
+        scale: float,
+    ) -> Tensor:
+        """Absorbed MLA: every head attends to the same latents of positions `0..positions[t]`.
+
+        query [T, H, width] float32; cache [slots, width]; block_tables [S, max_blocks] int32; sequence_rows [T] int32;
+        positions [T] int64 `-> [T, H, value_width]` float32, values being the first `value_width` of each latent.
+        """

@@ -1,0 +1,250 @@
+"""The C++ operators of `rows.cpp`, built at first use and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deepseek_ray.errors import DeepSeekRayError
+from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
+
+_SOURCE = Path(__file__).with_name("rows.cpp")
+# No contraction: a multiply-add is fused exactly where the source says so, in every template instance and loop tail.
+_FLAGS = [
+    *["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+    *["-fopenmp", "-fPIC", "-shared"],
+]
+_LANES = 16
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class KernelBuildError(DeepSeekRayError):
+    """There is no C++ compiler, or it refused rows.cpp. The torch operators serve instead, slower."""
+
+
+def cache_directory() -> Path:
+    """Where built kernels live: `$DEEPSEEK_RAY_CACHE` or `$XDG_CACHE_HOME/deepseek_ray`."""
+    root = os.environ.get("DEEPSEEK_RAY_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek_ray"
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The compiled operators; built once per (source, flags, compiler, CPU), raises KernelBuildError."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if not compiler:
+        raise KernelBuildError(
+            "no C++ compiler found (looked for $CXX, g++, clang++, c++); install g++ for fast kernels"
+        )
+    library = cache_directory() / "kernels" / f"rows-{_build_key(compiler)}.so"
+    if not library.exists():
+        _build(compiler, library)
+    return ctypes.CDLL(str(library))
+
+
+def _build_key(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest.update("\n".join([*_FLAGS, version, torch.__version__, _cpu_flags()]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_flags() -> str:
+    """The CPU's instruction sets: a cache directory may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Compile beside the target, then rename: several actors may build at once, and none sees half a file."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [compiler, *_FLAGS, str(_SOURCE), "-o", scratch], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise KernelBuildError(
+                f"{compiler} could not build rows.cpp (exit {done.returncode}): {done.stderr[-500:]}"
+            )
+        os.replace(scratch, library)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+class NativeKernels(Kernels):
+    """Row-invariant C++ on the CPU. Packed weights are `[groups, ceil(N/16), K, 16]`, zero padded."""
+
+    name = "native C++"
+
+    def __init__(self) -> None:
+        self._library = load_library()
+
+    def pack(self, weights: Sequence[Tensor]) -> PackedWeight:
+        num_out, num_in = weights[0].shape
+        blocks = -(-num_out // _LANES)
+        data = torch.zeros(len(weights), blocks, num_in, _LANES, dtype=weights[0].dtype)
+        full = num_out // _LANES
+        for group, weight in enumerate(weights):
+            data[group, :full] = weight[: full * _LANES].view(full, _LANES, num_in).transpose(1, 2)
+            if full < blocks:
+                data[group, full, :, : num_out - full * _LANES] = weight[full * _LANES :].T
+        return PackedWeight(data, len(weights), num_out, num_in)
+
+    def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+        out = torch.empty(x.shape[0], weight.num_out, dtype=out_dtype or x.dtype)
+        self._grouped([x.shape[0]], [x.data_ptr()], x, weight, [0], [out.data_ptr()], out)
+        return out
+
+    def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+        tokens, heads, _ = x.shape
+        out = torch.empty(tokens, heads, weight.num_out, dtype=out_dtype or x.dtype)
+        x_step, out_step = x.stride(1) * x.element_size(), out.stride(1) * out.element_size()
+        self._grouped(
+            [tokens] * heads,
+            [x.data_ptr() + head * x_step for head in range(heads)],
+            x,
+            weight,
+            list(range(heads)),
+            [out.data_ptr() + head * out_step for head in range(heads)],
+            out,
+        )
+        return out
+
+    def grouped_linear(self, x: Tensor, weight: PackedWeight, groups: Sequence[int], rows: Sequence[int]) -> Tensor:
+        out = torch.empty(x.shape[0], weight.num_out, dtype=x.dtype)
+        x_row, out_row = x.stride(0) * x.element_size(), out.stride(0) * out.element_size()
+        starts = [0]
+        for count in rows:
+            starts.append(starts[-1] + count)
+        assert starts[-1] == x.shape[0], f"groups hold {starts[-1]} rows, the input has {x.shape[0]}"
+        self._grouped(
+            rows,
+            [x.data_ptr() + start * x_row for start in starts[:-1]],
+            x,
+            weight,
+            groups,
+            [out.data_ptr() + start * out_row for start in starts[:-1]],
+            out,
+        )
+        return out
+
+    def _grouped(
+        self,
+        rows: Sequence[int],
+        x_pointers: Sequence[int],
+        x: Tensor,
+        weight: PackedWeight,
+        groups: Sequence[int],
+        out_pointers: Sequence[int],
+        out: Tensor,
+    ) -> None:
+        assert x.shape[-1] == weight.num_in and x.stride(-1) == 1, (x.shape, x.stride(), weight.num_in)
+        count = len(rows)
+        base, step = weight.data.data_ptr(), weight.data.stride(0) * weight.data.element_size()
+        self._library.dr_grouped_linear(
+            ctypes.c_int64(count),
+            (ctypes.c_int64 * count)(*rows),
+            (ctypes.c_void_p * count)(*x_pointers),
+            ctypes.c_int64(x.stride(0)),
+            _DTYPES[x.dtype],
+            (ctypes.c_void_p * count)(*[base + group * step for group in groups]),
+            _DTYPES[weight.dtype],
+            (ctypes.c_void_p * count)(*out_pointers),
+            ctypes.c_int64(out.stride(0)),
+            _DTYPES[out.dtype],
+            ctypes.c_int64(weight.num_out),
+            ctypes.c_int64(weight.num_in),
+            torch.get_num_threads(),
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        assert x.stride(1) == 1 and weight.dtype == torch.float32
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._library.dr_rms_norm(
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(x.stride(0)),
+            ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(out.stride(0)),
+            _DTYPES[x.dtype],
+            ctypes.c_int64(x.shape[0]),
+            ctypes.c_int64(x.shape[1]),
+            ctypes.c_float(eps),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        assert gate_up.is_contiguous()
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, width, dtype=gate_up.dtype)
+        self._library.dr_silu_mul(
+            ctypes.c_void_p(gate_up.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            _DTYPES[gate_up.dtype],
+            ctypes.c_int64(rows),
+            ctypes.c_int64(width),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def scores(self, logits: Tensor, kind: ScoreKind) -> Tensor:
+        assert logits.dtype == torch.float32
+        out = logits.contiguous().clone()
+        self._library.dr_scores(
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(out.shape[0]),
+            ctypes.c_int64(out.shape[1]),
+            0 if kind == "sigmoid" else 1,
+        )
+        return out
+
+    def latent_attention(
+        self,
+        query: Tensor,
+        cache: Tensor,
+        block_tables: Tensor,
+        sequence_rows: Tensor,
+        positions: Tensor,
+        block_size: int,
+        value_width: int,
+        scale: float,
+    ) -> Tensor:
+        assert query.is_contiguous() and cache.is_contiguous() and block_tables.is_contiguous()
+        tokens, heads, width = query.shape
+        out = torch.empty(tokens, heads, value_width)
+        self._library.dr_latent_attention(
+            ctypes.c_void_p(query.data_ptr()),
+            ctypes.c_void_p(cache.data_ptr()),
+            _DTYPES[cache.dtype],
+            ctypes.c_void_p(block_tables.data_ptr()),
+            ctypes.c_int64(block_tables.shape[1]),
+            ctypes.c_int64(block_size),
+            ctypes.c_void_p(sequence_rows.data_ptr()),
+            ctypes.c_void_p(positions.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(tokens),
+            ctypes.c_int64(heads),
+            ctypes.c_int64(width),
+            ctypes.c_int64(value_width),
+            ctypes.c_float(scale),
+            torch.get_num_threads(),
+        )
+        return out

@@ -1,0 +1,87 @@
+"""Plain torch, one row at a time: the slow obvious version, and the fallback where no compiler is at hand.
+
+A row is always computed alone, hence with the same shapes, hence with the same bits, whatever the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
+
+
+class ReferenceKernels(Kernels):
+    """Row by row in torch, on any device."""
+
+    name = "torch, row by row"
+
+    def pack(self, weights: Sequence[Tensor]) -> PackedWeight:
+        data = torch.stack([weight.contiguous() for weight in weights])
+        return PackedWeight(data, len(weights), data.shape[1], data.shape[2])
+
+    def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+        return _rows(x, weight.data[0], weight.num_out, out_dtype or x.dtype)
+
+    def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
+        heads = [
+            _rows(x[:, head], weight.data[head], weight.num_out, out_dtype or x.dtype) for head in range(x.shape[1])
+        ]
+        return torch.stack(heads, dim=1)
+
+    def grouped_linear(self, x: Tensor, weight: PackedWeight, groups: Sequence[int], rows: Sequence[int]) -> Tensor:
+        parts = [
+            _rows(part, weight.data[group], weight.num_out, x.dtype)
+            for group, part in zip(groups, x.split(list(rows)), strict=True)
+        ]
+        return torch.cat(parts) if parts else x.new_empty(0, weight.num_out)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        for row in range(x.shape[0]):
+            wide = x[row].float()
+            out[row] = wide * torch.rsqrt(wide.pow(2).mean() + eps) * weight
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        width = gate_up.shape[1] // 2
+        out = gate_up.new_empty(gate_up.shape[0], width)
+        for row in range(gate_up.shape[0]):
+            gate, up = gate_up[row].float().split(width)
+            out[row] = F.silu(gate) * up
+        return out
+
+    def scores(self, logits: Tensor, kind: ScoreKind) -> Tensor:
+        rows = [row.sigmoid() if kind == "sigmoid" else row.softmax(dim=-1) for row in logits]
+        return torch.stack(rows) if rows else logits
+
+    def latent_attention(
+        self,
+        query: Tensor,
+        cache: Tensor,
+        block_tables: Tensor,
+        sequence_rows: Tensor,
+        positions: Tensor,
+        block_size: int,
+        value_width: int,
+        scale: float,
+    ) -> Tensor:
+        out = query.new_empty(query.shape[0], query.shape[1], value_width)
+        for token in range(query.shape[0]):
+            context = torch.arange(int(positions[token]) + 1, device=cache.device)
+            blocks = block_tables[sequence_rows[token].long()][context // block_size].long()
+            latents = cache[blocks * block_size + context % block_size].float()
+            weights = (query[token] @ latents.T * scale).softmax(dim=-1)
+            out[token] = weights @ latents[:, :value_width]
+        return out
+
+
+def _rows(x: Tensor, weight: Tensor, num_out: int, out_dtype: torch.dtype) -> Tensor:
+    out = torch.empty(x.shape[0], num_out, dtype=out_dtype, device=x.device)
+    wide = weight.float()
+    for row in range(x.shape[0]):
+        out[row] = F.linear(x[row : row + 1].float(), wide)[0]
+    return out

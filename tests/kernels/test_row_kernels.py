@@ -1,0 +1,144 @@
+"""The C++ operators against torch row by row, and their row invariance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.native import NativeKernels
+from deepseek_ray.kernels.reference import ReferenceKernels
+
+SHAPES = [(0, 16, 8), (1, 1, 1), (3, 17, 40), (9, 64, 96), (70, 200, 48)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def native() -> NativeKernels:
+    return NativeKernels()
+
+
+@pytest.fixture(params=["native", "reference"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return NativeKernels() if request.param == "native" else ReferenceKernels()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "num_out", "num_in"), SHAPES)
+def test_linear_equals_torch(native: NativeKernels, rows: int, num_out: int, num_in: int, dtype: torch.dtype) -> None:
+    x, weight = random(rows, num_in, dtype=dtype), random(num_out, num_in, dtype=dtype, seed=1)
+    expected = (x.float() @ weight.float().T).to(dtype)
+    torch.testing.assert_close(native.linear(x, native.pack([weight])), expected, **tolerance(dtype))
+
+
+def test_linear_can_widen_its_output(native: NativeKernels) -> None:
+    x, weight = random(4, 32, dtype=torch.bfloat16), random(20, 32, dtype=torch.bfloat16, seed=1)
+    out = native.linear(x, native.pack([weight]), out_dtype=torch.float32)
+    torch.testing.assert_close(out, x.float() @ weight.float().T, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_linear_meets_each_row_with_its_group(kernels: Kernels) -> None:
+    weights = [random(24, 16, seed=seed) for seed in range(4)]
+    x = random(7, 16, seed=9)
+    out = kernels.grouped_linear(x, kernels.pack(weights), groups=[2, 0, 3], rows=[4, 1, 2])
+    owner = [2, 2, 2, 2, 0, 3, 3]
+    expected = torch.stack([weights[group] @ row for group, row in zip(owner, x, strict=True)])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_per_head_linear_reads_strided_heads(kernels: Kernels) -> None:
+    weights = [random(24, 16, seed=seed) for seed in range(3)]
+    wide = random(5, 3, 20, seed=9)
+    out = kernels.per_head_linear(wide[..., :16], kernels.pack(weights))
+    expected = torch.einsum("thk,hnk->thn", wide[..., :16], torch.stack(weights))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_activation_equal_the_reference(native: NativeKernels, dtype: torch.dtype) -> None:
+    reference = ReferenceKernels()
+    x, weight = random(6, 70, dtype=dtype), random(70, seed=2)
+    torch.testing.assert_close(
+        native.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), **tolerance(dtype)
+    )
+    torch.testing.assert_close(native.silu_mul(x * 8), reference.silu_mul(x * 8), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_scores_equal_torch_also_at_the_extremes(native: NativeKernels, kind: str) -> None:
+    logits = torch.cat([random(5, 37) * 10, torch.tensor([[200.0, -200.0] + [0.0] * 35])])
+    expected = logits.sigmoid() if kind == "sigmoid" else logits.softmax(-1)
+    torch.testing.assert_close(native.scores(logits, kind), expected, rtol=1e-6, atol=1e-7)
+
+
+def paged_case(dtype: torch.dtype, tokens: int, seed: int = 0) -> dict[str, object]:
+    """Two sequences whose blocks are scattered and interleaved in the cache."""
+    block_size, width = 4, 40
+    tables = torch.tensor([[5, 1, 7, 2], [0, 6, 3, 4]], dtype=torch.int32)
+    return {
+        "query": random(tokens, 6, width, seed=seed),
+        "cache": random(8 * block_size, width, dtype=dtype, seed=3),
+        "block_tables": tables,
+        "sequence_rows": torch.arange(tokens, dtype=torch.int32) % 2,
+        "positions": torch.arange(tokens) * 5 % 16,
+        "block_size": block_size,
+        "value_width": 32,
+        "scale": 0.3,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latent_attention_equals_the_reference(native: NativeKernels, dtype: torch.dtype) -> None:
+    case = paged_case(dtype, 9)
+    torch.testing.assert_close(
+        native.latent_attention(**case), ReferenceKernels().latent_attention(**case), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(kernels: Kernels, dtype: torch.dtype, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = 37
+        x = random(rows, 48, dtype=dtype)
+        weight = kernels.pack([random(40, 48, dtype=dtype, seed=1)])
+        norm = random(48, seed=2)
+        operators = {
+            "linear": lambda part: kernels.linear(part, weight),
+            "rms_norm": lambda part: kernels.rms_norm(part, norm, 1e-6),
+            "silu_mul": kernels.silu_mul,
+            "sigmoid": lambda part: kernels.scores(part.float(), "sigmoid"),
+            "softmax": lambda part: kernels.scores(part.float(), "softmax"),
+        }
+        for name, operator in operators.items():
+            together = operator(x)
+            for start, stop in [(0, 1), (3, 5), (5, 18), (36, 37)]:
+                assert torch.equal(operator(x[start:stop].contiguous()), together[start:stop]), (name, start, stop)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_a_token_does_not_depend_on_the_batch(kernels: Kernels, dtype: torch.dtype) -> None:
+    case = paged_case(dtype, 11)
+    together = kernels.latent_attention(**case)
+    for token in range(11):
+        alone = {**case, **{key: case[key][token : token + 1] for key in ("query", "sequence_rows", "positions")}}
+        assert torch.equal(kernels.latent_attention(**alone)[0], together[token]), token
+
+
+def test_the_invariance_test_can_fail() -> None:
+    """A control: summing over the batch in one of the rows' places breaks the property the tests above check."""
+    x = random(8, 48)
+    leaky = x + x.mean(dim=0)
+    assert not torch.equal(leaky[:1], x[:1] + x[:1].mean(dim=0))

@@ -35,6 +35,8 @@ def describe_validation_error(error: ValidationError, cls: type[BaseModel], sour
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             lines.append(f"unknown key {key!r}; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is missing; it has no default, so give it a value")
         else:
             lines.append(f"{key} is {problem.get('input')!r}: {problem['msg']}")
     prefix = f"{source}: " if source else ""

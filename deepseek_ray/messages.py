@@ -94,7 +94,7 @@ _RANGES = (
 )
 
 
-class GenerateRequest(msgspec.Struct, kw_only=True, frozen=True):
+class GenerateRequest(msgspec.Struct, kw_only=True, frozen=True, tag="generate"):
     """One sequence to generate. `n > 1` is expanded by the caller into n requests with their own ids and seeds."""
 
     request_id: str
@@ -136,7 +136,33 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     error_kind: str | None = None
 
 
-class AbortRequest(msgspec.Struct, kw_only=True, frozen=True):
+class AbortRequest(msgspec.Struct, kw_only=True, frozen=True, tag="abort"):
     """The client is gone: stop the work and free its cache blocks."""
 
     request_id: str
+
+
+class TokenEvents(msgspec.Struct, frozen=True):
+    """All events of one engine step for one client: one frame per step and client, whatever the number of requests."""
+
+    events: list[TokenEvent]
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """MessagePack bytes of any message of this file."""
+    return _encoder.encode(message)
+
+
+def decode_client_message(payload: bytes | memoryview) -> GenerateRequest | AbortRequest:
+    """What a client sends to an attention worker; msgspec.ValidationError if it is anything else."""
+    return _client_decoder.decode(payload)
+
+
+def decode_token_events(payload: bytes | memoryview) -> TokenEvents:
+    """What an attention worker sends to a client; msgspec.ValidationError if it is anything else."""
+    return _events_decoder.decode(payload)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_client_decoder = msgspec.msgpack.Decoder(GenerateRequest | AbortRequest)
+_events_decoder = msgspec.msgpack.Decoder(TokenEvents)

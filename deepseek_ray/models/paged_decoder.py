@@ -1,0 +1,218 @@
+"""The decoder for inference: flat tokens of many sequences, absorbed MLA over a paged latent cache.
+
+Prefill, decode and recompute take the same road with the same row-invariant operators, so a token's logits have the
+same bits whichever of them computed it and whoever shared the batch. Weights are read once, packed, and never trained;
+the trainable twin is `models/decoder.py`.
+
+Letters: T tokens of the step, H heads, R kv_lora_rank, P qk_rope_head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.kernels.base import Kernels, PackedWeight
+from deepseek_ray.kernels.select import default_kernels
+from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.finite import require_finite
+from deepseek_ray.nn.gate import choose_experts
+from deepseek_ray.nn.moe import ExpertBackend, combine_slots
+from deepseek_ray.nn.paged import LatentCache, PagedBatch
+from deepseek_ray.nn.rope import apply_rope, rope_tables
+
+
+class PagedDecoder:
+    """Embedding, layers and head of a DeepSeek checkpoint; the routed experts are behind `experts`."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        dtype: torch.dtype,
+        experts: ExpertBackend,
+        kernels: Kernels | None = None,
+        max_positions: int | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        self.config: ModelConfig = reader.config
+        self.dtype = dtype
+        weights = _Weights(reader, dtype, kernels or default_kernels())
+        self._kernels = weights.kernels
+        self._embedding = weights.plain("model.embed_tokens.weight")
+        self._layers = []
+        for layer in range(self.config.num_hidden_layers):
+            self._layers.append(_Layer(self.config, layer, weights, experts))
+            if on_layer:
+                on_layer(layer)
+        self._final_norm = weights.norm("model.norm.weight")
+        tied = self.config.tie_word_embeddings
+        self._head = weights.linear("model.embed_tokens.weight" if tied else "lm_head.weight")
+        # One table for all positions: cos of a short tensor and of a long one differ in the last bit.
+        positions = torch.arange(max_positions or self.config.max_position_embeddings)
+        self._cos, self._sin = rope_tables(self.config, positions)
+
+    def new_cache(self, num_blocks: int, block_size: int) -> LatentCache:
+        config = self.config
+        return LatentCache(config.num_hidden_layers, num_blocks, block_size, config.latent_width, self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
+        """Logits of the tokens `batch.logit_rows`, `[n, vocab_size]` float32. Writes the step's latents to `cache`."""
+        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        hidden = self._embedding[batch.token_ids]
+        for index, layer in enumerate(self._layers):
+            hidden = layer.forward(hidden, cos, sin, batch, cache.layer(index), cache.block_size)
+        last = self._kernels.rms_norm(hidden[batch.logit_rows], self._final_norm, self.config.rms_norm_eps)
+        return self._kernels.linear(last, self._head, torch.float32)
+
+
+class _Weights:
+    """Reads tensors by name, checks them, packs them."""
+
+    def __init__(self, reader: CheckpointReader, dtype: torch.dtype, kernels: Kernels) -> None:
+        self.reader = reader
+        self.dtype = dtype
+        self.kernels = kernels
+
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return require_finite(name, self.reader.tensor(name, dtype or self.dtype))
+
+    def norm(self, name: str) -> Tensor:
+        return self.plain(name, torch.float32).contiguous()
+
+    def linear(self, *names: str, dtype: torch.dtype | None = None) -> PackedWeight:
+        """One layer; several names are stacked by output features."""
+        return self.kernels.pack([torch.cat([self.plain(name, dtype) for name in names])])
+
+    def bias(self, name: str) -> Tensor | None:
+        return self.plain(name, torch.float32) if name in self.reader.names else None
+
+
+class _Layer:
+    def __init__(self, config: ModelConfig, layer: int, weights: _Weights, experts: ExpertBackend) -> None:
+        prefix = f"model.layers.{layer}"
+        self._kernels = weights.kernels
+        self._eps = config.rms_norm_eps
+        self._input_norm = weights.norm(f"{prefix}.input_layernorm.weight")
+        self._post_norm = weights.norm(f"{prefix}.post_attention_layernorm.weight")
+        self._attention = _LatentAttention(config, f"{prefix}.self_attn", weights)
+        self._mlp: _Mlp | _Moe
+        if config.is_moe_layer(layer):
+            self._mlp = _Moe(config, layer, f"{prefix}.mlp", weights, experts)
+        else:
+            self._mlp = _Mlp(f"{prefix}.mlp", weights)
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PagedBatch, latents: Tensor, block_size: int
+    ) -> Tensor:
+        normed = self._kernels.rms_norm(hidden, self._input_norm, self._eps)
+        hidden = hidden + self._attention.forward(normed, cos, sin, batch, latents, block_size)
+        normed = self._kernels.rms_norm(hidden, self._post_norm, self._eps)
+        return hidden + self._mlp.forward(normed)
+
+
+class _LatentAttention:
+    """MLA in its absorbed form: W_uk is folded into the query, W_uv applied after the weighted sum of latents."""
+
+    def __init__(self, config: ModelConfig, prefix: str, weights: _Weights) -> None:
+        self._config = config
+        self._kernels = weights.kernels
+        if config.q_lora_rank:
+            self._q_a = weights.linear(f"{prefix}.q_a_proj.weight")
+            self._q_a_bias = weights.bias(f"{prefix}.q_a_proj.bias")
+            self._q_norm = weights.norm(f"{prefix}.q_a_layernorm.weight")
+            self._q = weights.linear(f"{prefix}.q_b_proj.weight")
+        else:
+            self._q = weights.linear(f"{prefix}.q_proj.weight")
+        self._kv_a = weights.linear(f"{prefix}.kv_a_proj_with_mqa.weight")
+        self._kv_a_bias = weights.bias(f"{prefix}.kv_a_proj_with_mqa.bias")
+        self._kv_norm = weights.norm(f"{prefix}.kv_a_layernorm.weight")
+        heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+        kv_b = weights.plain(f"{prefix}.kv_b_proj.weight").view(heads, nope + value, config.kv_lora_rank)
+        self._w_uk = weights.kernels.pack([head[:nope].T.contiguous() for head in kv_b])
+        self._w_uv = weights.kernels.pack([head[nope:].contiguous() for head in kv_b])
+        self._o = weights.linear(f"{prefix}.o_proj.weight")
+        self._o_bias = weights.bias(f"{prefix}.o_proj.bias")
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PagedBatch, latents: Tensor, block_size: int
+    ) -> Tensor:
+        """hidden [T, hidden_size] -> [T, hidden_size]; writes the tokens' latents into `latents` first."""
+        config, kernels = self._config, self._kernels
+        self._write_latents(hidden, cos, sin, batch.slots, latents)
+        query = kernels.linear(self._query_input(hidden), self._q, torch.float32)
+        query = query.view(hidden.shape[0], config.num_attention_heads, config.qk_head_dim)
+        nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        rope = apply_rope(rope, cos[:, None], sin[:, None], config.rope_interleave)
+        absorbed = kernels.per_head_linear(nope, self._w_uk)
+        mixed = kernels.latent_attention(
+            torch.cat([absorbed, rope], dim=-1),
+            latents,
+            batch.block_tables,
+            batch.sequence_rows,
+            batch.positions,
+            block_size,
+            config.kv_lora_rank,
+            config.softmax_scale,
+        )
+        values = kernels.per_head_linear(mixed, self._w_uv, hidden.dtype)
+        return _biased(kernels, values.flatten(1), self._o, self._o_bias)
+
+    def _query_input(self, hidden: Tensor) -> Tensor:
+        if not self._config.q_lora_rank:
+            return hidden
+        compressed = _biased(self._kernels, hidden, self._q_a, self._q_a_bias)
+        return self._kernels.rms_norm(compressed, self._q_norm, self._config.rms_norm_eps)
+
+    def _write_latents(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Tensor) -> None:
+        """`(RMSNorm(c), RoPE(k_rope))` of the step's tokens, `[T, R + P]`, into the cache."""
+        config = self._config
+        kv = _biased(self._kernels, hidden, self._kv_a, self._kv_a_bias)
+        compressed, rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        compressed = self._kernels.rms_norm(compressed, self._kv_norm, config.rms_norm_eps)
+        rope = apply_rope(rope.float(), cos, sin, config.rope_interleave)
+        latents[slots] = torch.cat([compressed, rope.to(compressed.dtype)], dim=-1)
+
+
+class _Mlp:
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, prefix: str, weights: _Weights) -> None:
+        self._kernels = weights.kernels
+        self._gate_up = weights.linear(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+        self._down = weights.linear(f"{prefix}.down_proj.weight")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gated = self._kernels.silu_mul(self._kernels.linear(hidden, self._gate_up))
+        return self._kernels.linear(gated, self._down)
+
+
+class _Moe:
+    """Gate, routed experts behind the backend, shared experts while the routed ones are away."""
+
+    def __init__(self, config: ModelConfig, layer: int, prefix: str, weights: _Weights, experts: ExpertBackend) -> None:
+        self._config = config
+        self._layer = layer
+        self._kernels = weights.kernels
+        self._experts = experts
+        self._gate = weights.linear(f"{prefix}.gate.weight", dtype=torch.float32)
+        self._bias = weights.bias(f"{prefix}.gate.e_score_correction_bias")
+        self._shared = _Mlp(f"{prefix}.shared_experts", weights) if config.n_shared_experts else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self._kernels.linear(hidden, self._gate, torch.float32)
+        scores = self._kernels.scores(logits, self._config.scoring_func)
+        expert_ids, slot_weights = choose_experts(scores, self._bias, self._config)
+        ticket = self._experts.dispatch(self._layer, hidden, expert_ids)
+        shared = self._shared.forward(hidden) if self._shared else None
+        routed = combine_slots(self._experts.combine(ticket), slot_weights).to(hidden.dtype)
+        return routed if shared is None else routed + shared
+
+
+def _biased(kernels: Kernels, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return kernels.linear(x, weight)
+    return (kernels.linear(x, weight, torch.float32) + bias).to(x.dtype)

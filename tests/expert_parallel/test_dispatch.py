@@ -1,0 +1,58 @@
+"""Dispatch plans: every pair exactly once, tokens sent once per shard, results back in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepseek_ray.errors import DeploymentError
+from deepseek_ray.expert_parallel.dispatch import plan_calls
+from deepseek_ray.expert_parallel.placement import contiguous_placement, experts_of_shard
+
+
+def test_a_plan_by_hand() -> None:
+    # Experts 0,1 on shard 0, experts 2,3 on shard 1. Token 0 wants 3 and 1, token 1 wants 0 and 1.
+    calls = plan_calls(torch.tensor([[3, 1], [0, 1]]), torch.tensor([0, 0, 1, 1]))
+    assert [call.shard for call in calls] == [0, 1]
+    assert calls[0].token_rows.tolist() == [0, 1]
+    assert calls[0].pair_rows.tolist() == [0, 1, 1]
+    assert calls[0].pair_experts.tolist() == [1, 0, 1]
+    assert calls[0].places.tolist() == [1, 2, 3]
+    assert calls[1].token_rows.tolist() == [0]
+    assert calls[1].pair_experts.tolist() == [3]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "shards"), [(1, 1, 4, 4), (17, 3, 8, 3), (64, 6, 16, 2)])
+def test_every_pair_reaches_the_owner_of_its_expert_once(tokens: int, top_k: int, experts: int, shards: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
+    owners = torch.tensor(contiguous_placement([0], experts, shards)[0])
+    seen = torch.zeros(tokens * top_k, dtype=torch.int64)
+    for call in plan_calls(ids, owners):
+        assert call.token_rows.unique().numel() == call.token_rows.numel()
+        for row, expert, place in zip(call.pair_rows, call.pair_experts, call.places, strict=True):
+            assert owners[expert] == call.shard
+            assert divmod(int(place), top_k)[0] == int(call.token_rows[row])
+            assert ids.flatten()[place] == expert
+        seen[call.places] += 1
+    assert seen.eq(1).all()
+
+
+def test_no_tokens_no_calls() -> None:
+    assert plan_calls(torch.empty(0, 2, dtype=torch.int64), torch.tensor([0, 1])) == []
+
+
+def test_a_plan_for_some_pairs_only() -> None:
+    (call,) = plan_calls(torch.tensor([[0, 1], [2, 3]]), torch.tensor([1, 0, 1, 1]), places=torch.tensor([2, 3]))
+    assert (call.shard, call.token_rows.tolist(), call.places.tolist()) == (1, [1], [2, 3])
+
+
+def test_contiguous_placement_covers_all_experts() -> None:
+    placement = contiguous_placement([1, 2], num_experts=7, num_shards=3)
+    assert placement[1] == [0, 0, 0, 1, 1, 2, 2]
+    assert experts_of_shard(placement, 1) == {1: [3, 4], 2: [3, 4]}
+
+
+def test_more_shards_than_experts_is_refused() -> None:
+    with pytest.raises(DeploymentError, match="5 expert shards for 4 routed experts.*at most 4"):
+        contiguous_placement([0], num_experts=4, num_shards=5)

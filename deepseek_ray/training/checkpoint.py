@@ -52,8 +52,9 @@ class CheckpointStore:
             _seal(hidden)
             self._publish(hidden, self.path(step))
         except (OSError, SafetensorError) as error:
+            failure = self._save_error(step, expected_bytes, error)  # looks at the disk as the writer found it
             _remove(hidden)
-            raise self._save_error(step, expected_bytes, error) from error
+            raise failure from error
         except BaseException:
             _remove(hidden)
             raise

@@ -68,6 +68,10 @@ class DeadlineExceededError(DeepSeekRayError):
     """A request ran past its deadline and was stopped by the engine."""
 
 
+class GenerationError(DeepSeekRayError):
+    """One request cannot go on (non-finite logits, no token left to choose); others are not affected."""
+
+
 class UnavailableError(DeepSeekRayError):
     """Nothing can serve this request now (deployment starting, draining or gone)."""
 

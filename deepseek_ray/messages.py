@@ -114,6 +114,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     token_id: int
     logprob: float
     top: list[tuple[int, float]] = []
+    rank: int = 1
+    """Place of the chosen token by probability, 1 for the most likely one."""
 
 
 class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):

@@ -1,0 +1,180 @@
+"""Continuous batching over one decoder: requests in, token events out, one step at a time.
+
+Single-threaded: whoever owns an engine calls it from one thread. It knows nothing of Ray, HTTP or processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_ray.config.engine import EngineConfig
+from deepseek_ray.engine.generation import Generation
+from deepseek_ray.engine.kv_blocks import KVBlocks, plan_cache
+from deepseek_ray.engine.requests import check_request, max_output_tokens, sampling_seed
+from deepseek_ray.engine.runner import Decoder, Runner
+from deepseek_ray.engine.scheduler import Scheduler
+from deepseek_ray.engine.stats import EngineStats
+from deepseek_ray.engine.stop import Finish, OutputState
+from deepseek_ray.engine.tokenizer import Detokenizer, Tokenizer
+from deepseek_ray.errors import DeadlineExceededError, OverloadedError, RequestError
+from deepseek_ray.messages import GenerateRequest, TokenEvent
+from deepseek_ray.nn.paged import LatentCache
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs many requests at once over a paged latent cache.
+
+    `tokenizer` None serves a model without one: outputs have no text, no end-of-sequence and no stop strings.
+    `clock` gives seconds; deadlines are measured with it.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        shape = decoder.config
+        bytes_per_block = LatentCache.bytes_per_block(
+            shape.num_hidden_layers, config.block_size, shape.latent_width, decoder.dtype
+        )
+        plan = plan_cache(config, shape.max_position_embeddings, bytes_per_block)
+        self.config = config
+        self.vocab_size = shape.vocab_size
+        self.max_model_len = plan.max_model_len
+        """Longest prompt + output in tokens; below the model's own when the cache holds less."""
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._scheduler = Scheduler(
+            KVBlocks(plan.num_blocks, config.block_size), config.max_num_seqs, config.max_num_batched_tokens
+        )
+        self._runner = Runner(decoder, plan.num_blocks, config.block_size)
+        self._generations: dict[str, Generation] = {}
+        self._ended: list[TokenEvent] = []  # ends that did not come from a step; the next step returns them
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """True when `step` has something to do or to return."""
+        return bool(self._generations or self._ended)
+
+    @property
+    def has_room(self) -> bool:
+        """True when another request is accepted: it finds a free seat, or fewer than `max_waiting` wait for one."""
+        return len(self._generations) < self.config.max_num_seqs + self.config.max_waiting
+
+    def add_request(self, request: GenerateRequest) -> None:
+        """Queue a request; its tokens come out of later steps.
+
+        RequestError: it can never be served as it is, or its id is taken. OverloadedError: too many wait already.
+        A higher attempt of a request that still runs here takes its place.
+        """
+        check_request(request, self.vocab_size, self.max_model_len)
+        if request.params.stop_strings and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer and this model has none; use stop_token_ids", "stop")
+        current = self._generations.get(request.request_id)
+        if current is not None and current.request.attempt >= request.attempt:
+            raise RequestError(
+                f"request id {request.request_id!r} is running here already (attempt {current.request.attempt}); "
+                "choose another id",
+                param="request_id",
+            )
+        if current is not None:
+            self._remove(current)
+        elif not self.has_room:
+            raise OverloadedError(
+                f"{len(self._generations)} requests run or wait here; the limit is {self.config.max_num_seqs} running "
+                f"and {self.config.max_waiting} waiting; try again later, or raise max_num_seqs or max_waiting"
+            )
+        self._start(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Stop a request and free its blocks now; the next step returns its "abort" event. False for an unknown id."""
+        generation = self._generations.get(request_id)
+        if generation is None:
+            return False
+        self._remove(generation)
+        self._ended.append(generation.end(Finish("abort")))
+        return True
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one batch and return what it added, at most one event with a token per request.
+
+        What goes wrong with one request ends that request. An exception of the decoder itself travels to the caller;
+        the failed step is not counted, so calling again repeats it.
+        """
+        self._end_expired()
+        step = self._scheduler.schedule()
+        if step.items:
+            logits = self._runner.run(step)
+            self._scheduler.advance(step)
+            for sequence, row in zip(step.sampled, logits, strict=True):
+                self._ended.append(self._take(self._generations[sequence.request.request_id], row))
+        events, self._ended = self._ended, []
+        return events
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_kv_blocks_used=scheduler.blocks.num_used,
+            num_kv_blocks_total=scheduler.blocks.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+        )
+
+    def _start(self, request: GenerateRequest) -> None:
+        longest_output = max_output_tokens(request, self.max_model_len)
+        tokenizer = self._tokenizer
+        output = OutputState(
+            request.params,
+            tokenizer.eos_token_ids if tokenizer else (),
+            longest_output,
+            Detokenizer(tokenizer, request.prompt_token_ids) if tokenizer else None,
+        )
+        deadline = None if request.deadline_seconds is None else self._clock() + request.deadline_seconds
+        generation = Generation(request, sampling_seed(request, self.config.seed), output, deadline)
+        finish = generation.replay()
+        if finish:
+            self._ended.append(generation.end(finish))
+            return
+        self._scheduler.add(generation.sequence, len(request.prompt_token_ids) + longest_output)
+        self._generations[request.request_id] = generation
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+
+    def _remove(self, generation: Generation) -> None:
+        del self._generations[generation.request.request_id]
+        self._scheduler.finish(generation.sequence)
+
+    def _end_expired(self) -> None:
+        now = self._clock()
+        for generation in list(self._generations.values()):
+            if generation.deadline is not None and now >= generation.deadline:
+                self._remove(generation)
+                error = DeadlineExceededError(
+                    f"the request's deadline of {generation.request.deadline_seconds:g} s is over after "
+                    f"{generation.sequence.num_output_tokens} tokens of output; allow more time or fewer tokens"
+                )
+                self._ended.append(generation.end(Finish("error"), error))
+
+    def _take(self, generation: Generation, logits: NDArray[np.float32]) -> TokenEvent:
+        try:
+            event = generation.take(logits)
+            self._num_generated_tokens += 1
+        except Exception as error:  # whatever it is, it is about this request: the others go on
+            logger.warning("request %s ends: %s", generation.request.request_id, error, exc_info=error)
+            event = generation.end(Finish("error"), error)
+        if event.finish_reason is not None:
+            self._remove(generation)
+        return event

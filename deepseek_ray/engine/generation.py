@@ -1,0 +1,72 @@
+"""One request on its way through an engine: a sequence, how its tokens are chosen, and the events it gives."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_ray.engine.sampler import choose_token, describe_choice
+from deepseek_ray.engine.sequence import Sequence
+from deepseek_ray.engine.stop import Finish, OutputState
+from deepseek_ray.messages import GenerateRequest, TokenEvent
+
+
+class Generation:
+    """Turns rows of logits into token events.
+
+    `deadline` is a time of the engine's clock, None for no deadline. After `replay` a resumed request stands where the
+    interrupted one stood: text, stop strings and sampling position included.
+    """
+
+    def __init__(self, request: GenerateRequest, seed: int, output: OutputState, deadline: float | None) -> None:
+        self.request = request
+        self.deadline = deadline
+        self.sequence = Sequence(request)
+        self._seed = seed
+        self._output = output
+
+    def replay(self) -> Finish | None:
+        """Feed the tokens that the client already has; how the output ended if it had ended with them."""
+        for token_id in self.request.output_token_ids:
+            _, finish = self._output.push(token_id)
+            if finish:
+                return finish
+        return None
+
+    def take(self, logits: NDArray[np.float32]) -> TokenEvent:
+        """Choose the next token from `logits` [vocab_size]. GenerationError when there is none to choose."""
+        params, sequence = self.request.params, self.sequence
+        token_id = choose_token(
+            logits,
+            params,
+            self._seed,
+            sequence.token_ids,
+            sequence.num_prompt_tokens,
+            self._output.forbidden_token_ids,
+        )
+        logprobs = None if params.logprobs is None else [describe_choice(logits, token_id, params.logprobs)]
+        index = sequence.num_output_tokens
+        sequence.append(token_id)
+        text, finish = self._output.push(token_id)
+        return TokenEvent(
+            request_id=self.request.request_id,
+            attempt=self.request.attempt,
+            index=index,
+            token_ids=[token_id],
+            text=text,
+            logprobs=logprobs,
+            finish_reason=finish.reason if finish else None,
+            stop_reason=finish.stop_reason if finish else None,
+        )
+
+    def end(self, finish: Finish, error: Exception | None = None) -> TokenEvent:
+        """The last event of an output that ends without a new token."""
+        return TokenEvent(
+            request_id=self.request.request_id,
+            attempt=self.request.attempt,
+            index=self.sequence.num_output_tokens,
+            finish_reason=finish.reason,
+            stop_reason=finish.stop_reason,
+            error=None if error is None else str(error),
+            error_kind=None if error is None else type(error).__name__,
+        )

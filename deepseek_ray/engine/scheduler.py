@@ -1,0 +1,136 @@
+"""Which sequences run in the next step, and how many tokens of each. Pure decisions: no torch, no clock, no I/O.
+
+The policy of vLLM's V1 scheduler (vllm/v1/core/sched/scheduler.py): running sequences first, in the order they came,
+then waiting ones, until the step's token budget is spent. When blocks run out, the sequence that came last is
+preempted: its blocks are freed and it is computed again later, from its tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from deepseek_ray.engine.kv_blocks import KVBlocks, blocks_for
+from deepseek_ray.engine.sequence import Sequence, SequenceStatus
+from deepseek_ray.errors import RequestError
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """Compute tokens `start` to `start + num_tokens` of `sequence`; its block table has room for them."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """True when the step computes the last token, so that the next one can be chosen."""
+        return self.start + self.num_tokens == self.sequence.num_tokens
+
+
+@dataclass
+class ScheduledStep:
+    items: list[ScheduledSequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a new token from this step, in row order of the step's logits."""
+        return [item.sequence for item in self.items if item.samples]
+
+
+class Scheduler:
+    """First come, first served, within `max_num_seqs` running sequences and `max_num_batched_tokens` per step."""
+
+    def __init__(self, blocks: KVBlocks, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.num_preemptions = 0
+
+    @property
+    def has_sequences(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence, max_num_tokens: int) -> None:
+        """Queue a sequence that will grow to at most `max_num_tokens`; RequestError when that can never fit.
+
+        This is what makes every sequence finish: the oldest one can always take the blocks of all others.
+        """
+        needed = blocks_for(max_num_tokens - 1, self.blocks.block_size)  # the last token is never fed back
+        if needed > self.blocks.num_blocks:
+            raise RequestError(
+                f"the request may grow to {max_num_tokens} tokens, which takes {needed} cache blocks; there are "
+                f"{self.blocks.num_blocks}; lower max_tokens, shorten the prompt or raise kv_cache_bytes",
+                param="max_tokens",
+            )
+        self.waiting.append(sequence)
+
+    def schedule(self) -> ScheduledStep:
+        """Decide the next step. Nothing counts as computed until `advance(step)`: a failed step can be tried again."""
+        step = ScheduledStep()
+        budget = self._schedule_running(step)
+        if not step.preempted:  # else the freed blocks would go to newcomers and the next step would preempt again
+            self._schedule_waiting(step, budget)
+        return step
+
+    def advance(self, step: ScheduledStep) -> None:
+        """Record that the step's tokens are computed."""
+        for item in step.items:
+            item.sequence.num_computed_tokens = item.start + item.num_tokens
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a running or waiting sequence out and free its blocks."""
+        (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
+        self.blocks.release(sequence.block_table)
+        sequence.status = SequenceStatus.FINISHED
+
+    def _schedule_running(self, step: ScheduledStep) -> int:
+        """Schedule running sequences, preempting from the end where blocks are short; return the budget left."""
+        budget = self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if not self._grow_or_preempt(sequence, sequence.num_computed_tokens + num_tokens, step):
+                break  # it was the last one and preempted itself
+            step.items.append(ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens))
+            budget -= num_tokens
+            index += 1
+        return budget
+
+    def _grow_or_preempt(self, sequence: Sequence, num_tokens: int, step: ScheduledStep) -> bool:
+        while not self.blocks.try_grow(sequence.block_table, num_tokens):
+            victim = self.running.pop()
+            self._preempt(victim)
+            step.preempted.append(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.num_computed_tokens = 0
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _schedule_waiting(self, step: ScheduledStep, budget: int) -> None:
+        """Admit in order of arrival, each with blocks for all its tokens, so that no prompt is preempted half-way."""
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self.blocks.try_grow(sequence.block_table, sequence.num_tokens):
+                break
+            self.waiting.popleft()
+            sequence.status = SequenceStatus.RUNNING
+            self.running.append(sequence)
+            num_tokens = min(sequence.num_tokens, budget)
+            step.items.append(ScheduledSequence(sequence, 0, num_tokens))
+            budget -= num_tokens

@@ -1,0 +1,51 @@
+"""One request as the scheduler sees it: tokens, how many of them are computed, and where their latents are."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from deepseek_ray.messages import GenerateRequest
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Prompt and output of one request.
+
+    There is no prefill and no decode: each step computes some of the tokens that are not computed yet, and when none
+    is left the logits of the last one give the next token. A retried request brings the output its client already has;
+    those tokens are computed like a prompt, but count as output.
+    """
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        self.num_computed_tokens = 0
+        self.block_table: list[int] = []
+        self.status = SequenceStatus.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token. Everything before it must be computed."""
+        assert self.num_uncomputed_tokens == 0, f"{self.num_uncomputed_tokens} tokens before it are not computed"
+        self.token_ids.append(token_id)

@@ -150,21 +150,5 @@ class TokenEvents(msgspec.Struct, frozen=True):
     events: list[TokenEvent]
 
 
-def encode(message: msgspec.Struct) -> bytes:
-    """MessagePack bytes of any message of this file."""
-    return _encoder.encode(message)
-
-
-def decode_client_message(payload: bytes | memoryview) -> GenerateRequest | AbortRequest:
-    """What a client sends to an attention worker; msgspec.ValidationError if it is anything else."""
-    return _client_decoder.decode(payload)
-
-
-def decode_token_events(payload: bytes | memoryview) -> TokenEvents:
-    """What an attention worker sends to a client; msgspec.ValidationError if it is anything else."""
-    return _events_decoder.decode(payload)
-
-
-_encoder = msgspec.msgpack.Encoder()
-_client_decoder = msgspec.msgpack.Decoder(GenerateRequest | AbortRequest)
-_events_decoder = msgspec.msgpack.Decoder(TokenEvents)
+ClientMessage = GenerateRequest | AbortRequest
+"""What a client sends to an attention worker; the answer is a stream of TokenEvents."""

@@ -1,6 +1,6 @@
 """Training losses: next-token cross-entropy inside documents, and DeepSeek-V3's sequence-wise balance loss.
 
-Letters: B sequences, S tokens per sequence, V vocabulary, E routed experts, K experts per token.
+Letters: B sequences, S input tokens per sequence, V vocabulary, E routed experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ IGNORED_TARGET = -100
 """Target of a position that predicts nothing; torch's cross-entropy leaves it out."""
 
 
-def shifted_targets(input_ids: Tensor, document_ids: Tensor, shift: int = 1) -> Tensor:
-    """The token that each position predicts, `shift` places ahead in the same document.
+def next_tokens(tokens: Tensor, document_ids: Tensor, ahead: int = 1) -> Tensor:
+    """The token that each input position predicts: the one `ahead` places further in the same document.
 
-    input_ids, document_ids: [B, S] int64; a negative document id is padding. Returns [B, S] int64 with IGNORED_TARGET
-    where the target lies beyond the sequence, in another document or in padding. Documents are contiguous, so equal ids
-    at both ends mean equal ids between them.
+    tokens: [B, S + 1] int64 and document_ids: [B, S + 1], a sample as the loader gives it: the first S tokens are the
+    input. Returns [B, S] int64, with IGNORED_TARGET where that token lies in another document or beyond the sample.
+    Documents are contiguous, so equal ids at both ends mean equal ids between them.
     """
-    targets = torch.full_like(input_ids, IGNORED_TARGET)
-    inside = (document_ids[:, shift:] == document_ids[:, :-shift]) & (document_ids[:, shift:] >= 0)
-    targets[:, :-shift] = torch.where(inside, input_ids[:, shift:], IGNORED_TARGET)
+    targets = torch.full_like(tokens[:, 1:], IGNORED_TARGET)
+    inside = document_ids[:, ahead:] == document_ids[:, :-ahead]
+    targets[:, : inside.shape[1]] = torch.where(inside, tokens[:, ahead:], IGNORED_TARGET)
     return targets
 
 

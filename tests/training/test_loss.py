@@ -10,21 +10,18 @@ import torch
 from deepseek_ray.training.loss import (
     IGNORED_TARGET,
     cross_entropy_sum,
+    next_tokens,
     sequence_balance_loss,
-    shifted_targets,
 )
 
 
-def test_targets_stay_inside_documents_and_skip_padding() -> None:
-    tokens = torch.tensor([[5, 6, 7, 8, 9, 0]])
-    documents = torch.tensor([[0, 0, 0, 1, 1, -1]])
+def test_targets_stay_inside_documents() -> None:
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 4]])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]], dtype=torch.int32)
     no = IGNORED_TARGET
-    assert shifted_targets(tokens, documents).tolist() == [[6, 7, no, 9, no, no]]
-    assert shifted_targets(tokens, documents, shift=2).tolist() == [[7, no, no, no, no, no]]
-
-
-def test_padding_never_predicts_padding() -> None:
-    assert shifted_targets(torch.zeros(1, 3, dtype=torch.long), torch.full((1, 3), -1)).eq(IGNORED_TARGET).all()
+    assert next_tokens(tokens, documents).tolist() == [[6, 7, no, 9, 4]]
+    assert next_tokens(tokens, documents, ahead=2).tolist() == [[7, no, no, 4, no]]
+    assert next_tokens(tokens, documents, ahead=3).eq(no).all()
 
 
 def test_cross_entropy_against_a_loop() -> None:

@@ -75,10 +75,10 @@ class ModelConfig(FrozenConfig):
     """Width of the dense layers' MLP."""
     moe_intermediate_size: int = Field(ge=1, le=2**22)
     """Width of one routed expert; the shared experts are one MLP of `n_shared_experts` times this."""
-    num_hidden_layers: int = Field(ge=1, le=1024)
+    num_hidden_layers: int = Field(ge=1, le=512)
     num_attention_heads: int = Field(ge=1, le=2**14)
     n_shared_experts: int = Field(default=0, ge=0, le=1024)
-    n_routed_experts: int = Field(ge=1, le=2**14)
+    n_routed_experts: int = Field(ge=1, le=2048)
     num_experts_per_tok: int = Field(ge=1)
     n_group: int = Field(default=1, ge=1)
     topk_group: int = Field(default=1, ge=1)

@@ -12,6 +12,8 @@ from typing import Literal, Self
 
 import msgspec
 
+from deepseek_ray.errors import LinkError
+from deepseek_ray.links.arena import MAX_SLOTS
 from deepseek_ray.links.frame import Frame
 
 Transport = Literal["auto", "shared_memory", "tcp"]
@@ -52,6 +54,22 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_pending_handshakes: int = 32
     """Beyond this the oldest unfinished handshake is dropped."""
 
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise LinkError(f"{name} is {value}; it must be between {low} and {high}")
+
+
+MAX_INLINE_BYTES = 1 << 15
+_RANGES = (
+    ("max_payload_bytes", 0, 1 << 40),
+    ("inline_bytes", 0, MAX_INLINE_BYTES),
+    ("num_slots", 1, MAX_SLOTS),
+    ("slot_bytes", 1, 1 << 30),
+    ("max_pending_handshakes", 1, 1 << 16),
+)
+
 
 class Link(ABC):
     """A connection to one peer. `send` and `receive` may be called from any threads at the same time."""
@@ -66,7 +84,7 @@ class Link(ABC):
         """Send one frame; its payload may be reused as soon as this returns. Frames of several threads do not mix.
 
         Raises LinkClosedError when the peer is gone; LinkError when the frame is too large or when the peer has not
-        taken anything for `send_timeout_seconds` (after which the link is closed if the frame was half sent).
+        taken anything for `send_timeout_seconds`, after which the link is closed.
         """
 
     @abstractmethod

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
+from deepseek_ray.engine.engine import Engine
+from deepseek_ray.engine.tokenizer import Tokenizer
+from deepseek_ray.messages import GenerateRequest, TokenEvent
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
 
 
@@ -16,6 +22,7 @@ class FakeShape:
     num_hidden_layers: int = 2
     latent_width: int = 6
     max_position_embeddings: int = 256
+    eos_token_id: int | None = None
 
 
 class FakeDecoder:
@@ -75,3 +82,55 @@ def _decayed_sum(latents: Tensor) -> Tensor:
     """[visible, width] -> [width]: nearer tokens weigh more, none weighs nothing."""
     distance = torch.arange(latents.shape[0] - 1, -1, -1, dtype=latents.dtype)
     return ((1 / (1 + distance))[:, None] * latents).sum(0)
+
+
+BYTE_EOS = 256
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte (id = byte), `<eos>` 256 and four more special tokens: as many ids as `FakeShape` has."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>", "<a>", "<b>", "<c>", "<d>"])
+    return Tokenizer(backend, {"eos_token": "<eos>"}, [BYTE_EOS], None, "byte tokenizer of the tests")
+
+
+@dataclass
+class Collected:
+    """All events of one request, joined."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    error_kind: str | None = None
+    events: list[TokenEvent] = field(default_factory=list)
+
+    def add(self, event: TokenEvent) -> None:
+        assert self.finish_reason is None, "an event after the last one"
+        self.events.append(event)
+        self.token_ids += event.token_ids
+        self.text += event.text
+        self.logprobs += event.logprobs or []
+        self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
+        self.error, self.error_kind = event.error, event.error_kind
+
+
+def run_to_end(engine: Engine, requests: Iterable[GenerateRequest]) -> dict[str, Collected]:
+    """Add all requests, step until nothing is left, and check that nothing is left behind."""
+    collected = {}
+    for request in requests:
+        collected[request.request_id] = Collected()
+        engine.add_request(request)
+    while engine.has_work:
+        for event in engine.step():
+            collected[event.request_id].add(event)
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_kv_blocks_used) == (0, 0, 0)
+    return collected

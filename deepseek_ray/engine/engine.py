@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from deepseek_ray.config.engine import EngineConfig
 from deepseek_ray.engine.generation import Generation
-from deepseek_ray.engine.kv_blocks import KVBlocks, plan_cache
+from deepseek_ray.engine.kv_blocks import CachePlan, KVBlocks, plan_cache
 from deepseek_ray.engine.requests import check_request, max_output_tokens, sampling_seed
-from deepseek_ray.engine.runner import Decoder, Runner
+from deepseek_ray.engine.runner import Decoder, DecoderShape, Runner
 from deepseek_ray.engine.scheduler import Scheduler
 from deepseek_ray.engine.stats import EngineStats
 from deepseek_ray.engine.stop import Finish, OutputState
@@ -28,10 +29,17 @@ from deepseek_ray.nn.paged import LatentCache
 logger = logging.getLogger(__name__)
 
 
+def plan_engine_cache(config: EngineConfig, shape: DecoderShape, dtype: torch.dtype) -> CachePlan:
+    """The cache an engine of this model will have. Needs no weights: call it before reading them to fail early."""
+    bytes_per_block = LatentCache.bytes_per_block(shape.num_hidden_layers, config.block_size, shape.latent_width, dtype)
+    return plan_cache(config, shape.max_position_embeddings, bytes_per_block)
+
+
 class Engine:
     """Runs many requests at once over a paged latent cache.
 
-    `tokenizer` None serves a model without one: outputs have no text, no end-of-sequence and no stop strings.
+    `tokenizer` None serves a model without one: outputs have no text, there are no stop strings, and the ids that end
+    an output are config.json's.
     `clock` gives seconds; deadlines are measured with it.
     """
 
@@ -42,16 +50,13 @@ class Engine:
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        shape = decoder.config
-        bytes_per_block = LatentCache.bytes_per_block(
-            shape.num_hidden_layers, config.block_size, shape.latent_width, decoder.dtype
-        )
-        plan = plan_cache(config, shape.max_position_embeddings, bytes_per_block)
+        plan = plan_engine_cache(config, decoder.config, decoder.dtype)
         self.config = config
-        self.vocab_size = shape.vocab_size
+        self.vocab_size = decoder.config.vocab_size
         self.max_model_len = plan.max_model_len
         """Longest prompt + output in tokens; below the model's own when the cache holds less."""
         self._tokenizer = tokenizer
+        self._eos_token_ids = tokenizer.eos_token_ids if tokenizer else _ids(decoder.config.eos_token_id)
         self._clock = clock
         self._scheduler = Scheduler(
             KVBlocks(plan.num_blocks, config.block_size), config.max_num_seqs, config.max_num_batched_tokens
@@ -139,7 +144,7 @@ class Engine:
         tokenizer = self._tokenizer
         output = OutputState(
             request.params,
-            tokenizer.eos_token_ids if tokenizer else (),
+            self._eos_token_ids,
             longest_output,
             Detokenizer(tokenizer, request.prompt_token_ids) if tokenizer else None,
         )
@@ -178,3 +183,9 @@ class Engine:
         if event.finish_reason is not None:
             self._remove(generation)
         return event
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else value

@@ -1,0 +1,81 @@
+"""What `LLM` runs on: a batch of requests in, their token events out until all have ended."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.engine.engine import Engine, plan_engine_cache
+from deepseek_ray.engine.tokenizer import Tokenizer
+from deepseek_ray.messages import GenerateRequest, TokenEvent
+from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
+from deepseek_ray.models.paged_decoder import PagedDecoder
+
+
+class OfflineBackend(ABC):
+    """One loaded model."""
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_model_len: int
+
+    @abstractmethod
+    def run(self, requests: Sequence[GenerateRequest]) -> Iterator[TokenEvent]:
+        """Events of all requests as they come, those of one request in order and without repetition.
+
+        Requests are valid (`engine/requests.py`). Closing the iterator early aborts what is still running.
+        """
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Free everything the backend holds. Calling it again does nothing."""
+
+
+class LocalBackend(OfflineBackend):
+    """Attention and experts in this process."""
+
+    def __init__(self, config: DeploymentConfig) -> None:
+        """CheckpointError or ConfigError when the model cannot be served as asked, before its weights are read.
+
+        `threads` sets torch's thread count, which the whole process shares.
+        """
+        reader = CheckpointReader(config.model_dir)
+        reader.validate()
+        dtype = getattr(torch, config.dtype)
+        plan_engine_cache(config.engine, reader.config, dtype)
+        has_tokenizer = (Path(config.model_dir) / "tokenizer.json").is_file()
+        self.tokenizer = Tokenizer.from_dir(config.model_dir) if has_tokenizer else None
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        every_expert = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
+        experts = LocalExperts(ExpertStore(reader, every_expert, dtype))
+        self._engine: Engine | None = Engine(PagedDecoder(reader, dtype, experts), self.tokenizer, config.engine)
+        self.vocab_size = self._engine.vocab_size
+        self.max_model_len = self._engine.max_model_len
+
+    def run(self, requests: Sequence[GenerateRequest]) -> Iterator[TokenEvent]:
+        assert self._engine is not None, "run after shutdown"
+        return run_engine(self._engine, requests)
+
+    def shutdown(self) -> None:
+        self._engine = None
+
+
+def run_engine(engine: Engine, requests: Sequence[GenerateRequest]) -> Iterator[TokenEvent]:
+    """Feed an idle engine as fast as it takes requests, and step it until they have all ended."""
+    pending = deque(requests)
+    try:
+        while pending or engine.has_work:
+            while pending and engine.has_room:
+                engine.add_request(pending.popleft())
+            yield from engine.step()
+    finally:
+        for request in requests:
+            engine.abort(request.request_id)
+        engine.step()

@@ -17,7 +17,7 @@ from torch import Tensor
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.models.safetensors_file import DTYPES, open_safetensors, require_finite
-from deepseek_ray.models.shapes import MTP_SHARED, mtp_shapes, parameter_shapes
+from deepseek_ray.models.shapes import mtp_shapes, parameter_shapes, repeats_main_model
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class CheckpointReader:
         Reads headers only. Multi-token-prediction layers may be absent (a warning, `has_mtp` is then False).
         """
         expected = self._expected_shapes()
-        missing = [name for name in expected if name not in self._files and not self._may_miss(name)]
+        missing = [name for name in expected if name not in self._files and not repeats_main_model(name)]
         extra = [name for name in self.names if name not in expected and not self._may_stay(name)]
         wrong = [
             f"{name} has shape {list(self.shape(name))}, config.json asks for {list(shape)}"
@@ -112,7 +112,7 @@ class CheckpointReader:
         expected = parameter_shapes(config)
         if config.num_nextn_predict_layers and not self.has_mtp:
             logger.warning(
-                "%s: num_nextn_predict_layers is %d but model.layers.%d is not in the files; multi-token prediction is off",
+                "%s: num_nextn_predict_layers is %d but there is no model.layers.%d; multi-token prediction is off",
                 self.directory,
                 config.num_nextn_predict_layers,
                 config.num_hidden_layers,
@@ -124,10 +124,6 @@ class CheckpointReader:
                 expected.update(mtp_shapes(config, layer))
                 layer += 1
         return expected
-
-    def _may_miss(self, name: str) -> bool:
-        """The copies of embedding and head in a multi-token-prediction layer may be left out."""
-        return name.startswith("model.layers.") and name.endswith(MTP_SHARED)
 
     def _may_stay(self, name: str) -> bool:
         """Tensors that carry nothing: a tied head, rotary frequencies of old exports, empty shared experts."""
@@ -175,8 +171,8 @@ class CheckpointReader:
         code = self._slice(name).get_dtype()
         if code not in DTYPES:
             raise CheckpointError(
-                f"{self.directory}: tensor {name} has dtype {code}; known are {', '.join(DTYPES)}. Use a bf16, fp32 or FP8 "
-                "checkpoint of this model"
+                f"{self.directory}: tensor {name} has dtype {code}; known are {', '.join(DTYPES)}. Use a bf16, "
+                "fp32 or FP8 checkpoint of this model"
             )
         return DTYPES[code]
 
@@ -219,7 +215,7 @@ def _read_index(directory: Path) -> dict[str, str]:
             raise TypeError("weight_map is not an object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is no safetensors index ({error!r}); it needs a weight_map of tensor name to file: download it again"
+            f"{path} is no safetensors index ({error!r}); it needs a weight_map of tensor name to file: get it again"
         ) from None
     for file in sorted({str(value) for value in weight_map.values()}):
         if Path(file).name != file or not file.endswith(".safetensors"):
@@ -243,8 +239,9 @@ def _no_weights(directory: Path) -> str:
         )
     if pickles:
         return (
-            f"{directory} has weights only as {', '.join(pickles[:MAX_LISTED])}; such pickle files can run any code while "
-            "loading, so they are refused. Convert them to safetensors (save_pretrained of transformers does) and try again"
+            f"{directory} has weights only as {', '.join(pickles[:MAX_LISTED])}; such pickle files can run any code "
+            "while loading, so they are refused. Convert them to safetensors (save_pretrained of transformers does) "
+            "and try again"
         )
     return f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; download or train them first"
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint directory that other readers and this project load, so that nothing half-written is ever seen."""
+"""Writing a checkpoint directory that other readers and this project load; nothing half-written is ever seen."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.models.checkpoint import INDEX_FILE, MAX_LISTED, SINGLE_FILE
-from deepseek_ray.models.safetensors_file import require_finite, write_safetensors
-from deepseek_ray.models.shapes import CORRECTION_BIAS, MTP_SHARED, Shapes, parameter_shapes
+from deepseek_ray.models.safetensors_file import DTYPES, require_finite, write_safetensors
+from deepseek_ray.models.shapes import CORRECTION_BIAS, Shapes, parameter_shapes, repeats_main_model
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -38,21 +38,20 @@ def save_checkpoint(
     CheckpointError for a wrong name or shape, NaN or infinity, and a full disk; nothing is left behind then.
     """
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    existed = target.exists()
     try:
-        writer = _ShardWriter(staging, config, max_shard_bytes, dtype)
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-        _move_into_place(staging, target, writer.finish())
-    except OSError as error:
-        free = shutil.disk_usage(target).free
-        raise CheckpointError(
-            f"{target}: writing the checkpoint failed ({error.strerror or error}), {free:,} bytes are free there; free some "
-            "space or choose another disk. Nothing was left behind"
-        ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as staging:
+            writer = _ShardWriter(Path(staging), config, max_shard_bytes, dtype)
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+            _move_into_place(Path(staging), target, writer.finish())
+    except (OSError, CheckpointError) as error:
+        if not existed:
+            shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(_write_failure(target, error)) from None
 
 
 class _ShardWriter:
@@ -75,10 +74,13 @@ class _ShardWriter:
         if expected != tuple(tensor.shape):
             raise CheckpointError(
                 f"tensor {name} has shape {list(tensor.shape)}, but config asks for "
-                f"{'no such tensor' if expected is None else list(expected)}; save with the config the model was built from"
+                f"{'no such tensor' if expected is None else list(expected)}; save with the model's own config"
             )
         require_finite(name, tensor, self._staging.parent)
-        tensor = tensor.detach().to(torch.float32 if name.endswith(CORRECTION_BIAS) else self._dtype)
+        wanted = torch.float32 if name.endswith(CORRECTION_BIAS) else self._dtype or tensor.dtype
+        if wanted not in DTYPES.values():
+            raise CheckpointError(f"tensor {name} has dtype {wanted}; checkpoints hold {', '.join(DTYPES)}: convert it")
+        tensor = tensor.detach().to(wanted)
         if name == "model.embed_tokens.weight":
             self._stored_dtype = tensor.dtype
         size = tensor.numel() * tensor.dtype.itemsize
@@ -90,7 +92,7 @@ class _ShardWriter:
 
     def finish(self) -> list[str]:
         """Write the rest; returns the weight files' final names. Index and config.json are then in the staging too."""
-        missing = [name for name in self._expected if not name.endswith(MTP_SHARED)]
+        missing = [name for name in self._expected if not repeats_main_model(name)]
         if missing:
             listed = ", ".join(missing[:MAX_LISTED])
             raise CheckpointError(f"{self._staging.parent}: {len(missing)} tensors were not given to save: {listed}")
@@ -103,11 +105,8 @@ class _ShardWriter:
             os.rename(self._staging / f"{index}.part", self._staging / file)
         if num > 1:
             weight_map = {name: file for file, names in zip(files, self._shards, strict=True) for name in names}
-            index_values = {
-                "metadata": {"total_size": self._total_bytes},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            _write_json(self._staging / INDEX_FILE, index_values)
+            metadata = {"total_size": self._total_bytes}
+            _write_json(self._staging / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
         values = self._config.to_hf() | {"torch_dtype": str(self._stored_dtype).removeprefix("torch.")}
         _write_json(self._staging / "config.json", values)
         return files
@@ -127,6 +126,15 @@ def _move_into_place(staging: Path, target: Path, files: list[str]) -> None:
     for name in (*files, *index, "config.json"):
         os.replace(staging / name, target / name)
     _fsync_directory(target)
+
+
+def _write_failure(target: Path, error: OSError) -> str:
+    place = next(path for path in (target, *target.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    return (
+        f"{target}: writing the checkpoint failed ({error.strerror or error}), {free:,} bytes are free there; free "
+        "some space or choose another place. Nothing was left behind"
+    )
 
 
 def _write_json(path: Path, values: dict[str, object]) -> None:

@@ -7,8 +7,7 @@ from deepseek_ray.config.model import ModelConfig
 Shapes = dict[str, tuple[int, ...]]
 
 CORRECTION_BIAS = "mlp.gate.e_score_correction_bias"
-MTP_SHARED = ("embed_tokens.weight", "shared_head.head.weight")
-"""Tensors of a multi-token-prediction layer that repeat the main model's embedding and head, and may be left out."""
+_MTP_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
@@ -25,6 +24,11 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
     for depth in range(config.num_nextn_predict_layers):
         shapes.update(mtp_shapes(config, config.num_hidden_layers + depth))
     return shapes
+
+
+def repeats_main_model(name: str) -> bool:
+    """Whether a tensor is a multi-token-prediction layer's copy of the embedding or head, which may be left out."""
+    return name.startswith("model.layers.") and name.endswith(_MTP_COPIES)
 
 
 def mtp_shapes(config: ModelConfig, layer: int) -> Shapes:

@@ -1,7 +1,7 @@
-"""The seam between a model and whoever computes its routed experts.
+"""Mixture of experts: the layer as training runs it, and the seam to whoever computes the routed experts in serving.
 
 A backend takes rows in and gives rows back; what it runs on (this process, processes on this node, other nodes) is its
-own business. Letters: T tokens, K experts per token (slots), H hidden size.
+own business. Letters: T tokens, K experts per token (slots), E routed experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.nn.experts import Experts
+from deepseek_ray.nn.gate import Gate, GateOutput
+from deepseek_ray.nn.mlp import MLP
+from deepseek_ray.nn.recompute import is_recomputing
 
 
 class ExpertBackend(ABC):
@@ -41,3 +48,45 @@ def combine_slots(rows: Tensor, weights: Tensor) -> Tensor:
         total = weighted if total is None else total + weighted
     assert total is not None, "a token has at least one slot"
     return total
+
+
+class MoE(nn.Module):
+    """Gate, routed experts and shared experts of one layer, all on one device."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        width = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = MLP(config.hidden_size, width) if width else None
+        self._counts: Tensor | None = None
+
+    @property
+    def correction_bias(self) -> Tensor | None:
+        """[E] float32, changed in place by balancing; None for gates that have no such bias."""
+        return self.gate.e_score_correction_bias
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, GateOutput]:
+        """hidden: [..., H] -> the same shape, and what the gate decided with the same leading dimensions."""
+        tokens = hidden.flatten(0, -2)
+        chosen = self.gate(tokens)
+        counts = chosen.expert_ids.flatten().bincount(minlength=self.gate.config.n_routed_experts)
+        self._record(counts)
+        rows = self.experts(tokens, chosen.expert_ids, counts)
+        output = combine_slots(rows, chosen.weights).to(hidden.dtype).view_as(hidden)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden)
+        return output, GateOutput(*(part.unflatten(0, hidden.shape[:-1]) for part in chosen))
+
+    def take_counts(self) -> Tensor:
+        """[E] int64: tokens sent to each expert by training forwards since the last call; starts again from zero.
+
+        Forwards in eval mode do not count, nor do those that activation checkpointing repeats.
+        """
+        counts, self._counts = self._counts, None
+        weight = self.gate.weight
+        return torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device) if counts is None else counts
+
+    def _record(self, counts: Tensor) -> None:
+        if self.training and not is_recomputing():
+            self._counts = counts if self._counts is None else self._counts + counts

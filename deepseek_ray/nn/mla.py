@@ -1,0 +1,98 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1) over whole sequences, in plain torch with gradients.
+
+Keys and values of all heads come from one latent per token. The naive form expands it to keys and values per head; the
+absorbed form moves the expansion to the query and the output, so that heads attend to the latents themselves. Both are
+the same function. Letters: B sequences, S tokens, N heads, R kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.nn.norm import LATENT_NORM_EPS, RMSNorm
+from deepseek_ray.nn.rope import apply_rope
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of the tokens' positions: each [B or 1, S, qk_rope_head_dim / 2] float32."""
+
+
+class MLA(nn.Module):
+    """Causal self-attention of one layer. `absorbed` chooses the form; training uses the naive one, which is faster."""
+
+    def __init__(self, config: ModelConfig, absorbed: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.absorbed = absorbed
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent_width, bias=bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, mask: Tensor | None = None) -> Tensor:
+        """hidden: [B, S, hidden_size] -> the same shape.
+
+        mask: [B, 1, S, S] bool, True where a query (row) may see a key; None is plainly causal.
+        """
+        q_nope, q_rope = self._queries(hidden, rotation)
+        latent, k_rope = self._latents(hidden, rotation)
+        attend = self._attend_absorbed if self.absorbed else self._attend_naive
+        return self.o_proj(attend(q_nope, q_rope, latent, k_rope, mask).transpose(1, 2).flatten(2))
+
+    def _queries(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Both parts of the queries: [B, N, S, qk_nope_head_dim] and, rotated, [B, N, S, qk_rope_head_dim]."""
+        config = self.config
+        if config.q_lora_rank is None:
+            queries = self.q_proj(hidden)
+        else:
+            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+        queries = queries.unflatten(-1, (config.num_attention_heads, config.qk_head_dim)).transpose(1, 2)
+        nope, rope = queries.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        return nope, self._rotated(rope, rotation)
+
+    def _latents(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """What a KV cache would hold: normalised latents [B, 1, S, R], rotated keys [B, 1, S, qk_rope_head_dim]."""
+        config = self.config
+        latent, rope = self.kv_a_proj_with_mqa(hidden).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        return self.kv_a_layernorm(latent).unsqueeze(1), self._rotated(rope.unsqueeze(1), rotation)
+
+    def _rotated(self, x: Tensor, rotation: Rotation) -> Tensor:
+        cos, sin = rotation
+        return apply_rope(x, cos.unsqueeze(1), sin.unsqueeze(1), self.config.rope_interleave)
+
+    def _attend_naive(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """[B, N, S, v_head_dim], from keys and values expanded per head."""
+        config = self.config
+        heads, width = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
+        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (heads, width)).transpose(1, 2)
+        k_nope, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        queries = torch.cat((q_nope, q_rope), dim=-1)
+        keys = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, heads, -1, -1)), dim=-1)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=config.softmax_scale
+        )
+
+    def _attend_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """[B, N, S, v_head_dim], from scores against the latents: (W_uk^T q) . c + q_rope . k_rope."""
+        config = self.config
+        weight = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        expand_keys, expand_values = weight.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)  # [N, d, R]
+        scores = (q_nope @ expand_keys) @ latent.mT + q_rope @ k_rope.mT
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = (scores.float() * config.softmax_scale).masked_fill(~mask, float("-inf"))
+        return (scores.softmax(dim=-1).to(latent.dtype) @ latent) @ expand_values.mT

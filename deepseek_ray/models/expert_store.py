@@ -10,7 +10,6 @@ from torch import Tensor
 from deepseek_ray.kernels.base import Kernels, PackedWeight
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
-from deepseek_ray.models.finite import require_finite
 from deepseek_ray.nn.moe import ExpertBackend
 
 
@@ -69,10 +68,7 @@ class _LayerExperts:
         gate_up, down = [], []
         for expert in experts:
             prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-            gate, up, back = (
-                require_finite(name, reader.tensor(name, dtype))
-                for name in (f"{prefix}.{part}_proj.weight" for part in ("gate", "up", "down"))
-            )
+            gate, up, back = (reader.tensor(f"{prefix}.{part}_proj.weight", dtype) for part in ("gate", "up", "down"))
             gate_up.append(torch.cat([gate, up]))
             down.append(back)
         self.gate_up: PackedWeight = kernels.pack(gate_up)

@@ -18,7 +18,6 @@ from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.kernels.base import Kernels, PackedWeight
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
-from deepseek_ray.models.finite import require_finite
 from deepseek_ray.nn.gate import choose_experts
 from deepseek_ray.nn.moe import ExpertBackend, combine_slots
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
@@ -70,7 +69,7 @@ class PagedDecoder:
 
 
 class _Weights:
-    """Reads tensors by name, checks them, packs them."""
+    """Reads tensors by name (the reader refuses NaN and infinity) and packs them."""
 
     def __init__(self, reader: CheckpointReader, dtype: torch.dtype, kernels: Kernels) -> None:
         self.reader = reader
@@ -78,7 +77,7 @@ class _Weights:
         self.kernels = kernels
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return require_finite(name, self.reader.tensor(name, dtype or self.dtype))
+        return self.reader.tensor(name, dtype or self.dtype)
 
     def norm(self, name: str) -> Tensor:
         return self.plain(name, torch.float32).contiguous()
@@ -88,7 +87,7 @@ class _Weights:
         return self.kernels.pack([torch.cat([self.plain(name, dtype) for name in names])])
 
     def bias(self, name: str) -> Tensor | None:
-        return self.plain(name, torch.float32) if name in self.reader.names else None
+        return self.plain(name, torch.float32) if name in self.reader else None
 
 
 class _Layer:

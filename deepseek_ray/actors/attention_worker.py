@@ -1,0 +1,113 @@
+"""The attention worker actor: an engine, its attention weights and latent cache, and links to expert shards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+import msgspec
+import ray
+import torch
+
+from deepseek_ray.actors.expert_client import RemoteExperts, ShardDirectory
+from deepseek_ray.actors.member import Member
+from deepseek_ray.actors.record import require_record
+from deepseek_ray.actors.token_service import TokenService
+from deepseek_ray.control.membership import Directive, MemberReport, MemberState, ShardAddress
+from deepseek_ray.engine.engine import Engine
+from deepseek_ray.engine.tokenizer import Tokenizer
+from deepseek_ray.links.base import Link
+from deepseek_ray.links.connect import connect, listen
+from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.paged_decoder import PagedDecoder
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 2.0
+
+
+class AttentionWorker:
+    """Owns one engine. `actors/shells.py` makes it an actor."""
+
+    def __init__(self, deployment: str, id: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._record = require_record(deployment)
+        self._config = self._record.config
+        self._state: MemberState = "starting"
+        self._error: str | None = None
+        self._engine: Engine | None = None
+        self._directory = ShardDirectory()
+        self._table_arrived = threading.Event()
+        self._member = Member(self._record, "attention_worker", id, self._report, self._obey)
+        self._listener = listen(
+            node_id=self._member.node_id,
+            tcp_host=ray.util.get_node_ip_address(),
+            deployment=deployment,
+            secret=self._record.secret,
+            transport=self._config.transport,
+            incarnation=self._member.identity.incarnation,
+        )
+        self._service = TokenService(self._listener, fatal=_exit_at_once)
+        self._experts = RemoteExperts(
+            self._directory,
+            self._connect,
+            self._member.identity.incarnation,
+            ask_for_news=self._member.report_now,
+            interrupted=self._service.interrupted,
+        )
+        threading.Thread(target=self._load, name="load", daemon=True).start()
+        self._member.start()
+
+    def _load(self) -> None:
+        """Read the weights, wait for the routing table, begin to serve."""
+        self._state = "loading"
+        try:
+            reader = CheckpointReader(Path(self._config.model_dir))
+            decoder = PagedDecoder(reader, getattr(torch, self._config.dtype), self._experts)
+            engine = Engine(decoder, Tokenizer.from_dir(self._config.model_dir), self._config.engine)
+        except Exception as error:  # reported to whoever started the deployment, who ends it
+            logger.exception("cannot load the model")
+            self._state, self._error = "failed", str(error)
+            self._member.report_now()
+            return
+        self._table_arrived.wait()
+        self._engine = engine
+        self._service.start(engine)
+        self._state = "ready"
+        self._member.report_now()
+
+    def _connect(self, address: ShardAddress) -> Link:
+        return connect(
+            address.endpoints,
+            node_id=self._member.node_id,
+            deployment=self._record.description.name,
+            secret=self._record.secret,
+            transport=self._config.transport,
+            timeout=_CONNECT_SECONDS,
+        )
+
+    def _report(self, identity: MemberReport) -> MemberReport:
+        stats = {"frames": self._experts.num_frames, "frames_resent": self._experts.num_frames_resent}
+        if self._engine is not None:
+            stats |= msgspec.structs.asdict(self._engine.stats())
+        return msgspec.structs.replace(
+            identity,
+            state=self._state,
+            error=self._error,
+            endpoints=self._listener.endpoints,
+            table_version=self._directory.version,
+            stats=stats,
+        )
+
+    def _obey(self, directive: Directive) -> None:
+        if directive.table is not None:
+            self._directory.update(directive.table, directive.shards)
+            self._table_arrived.set()
+
+
+def _exit_at_once(error: BaseException) -> None:
+    """A worker without its engine loop is never half alive: Ray starts a new process, clients see the links end."""
+    logger.critical("attention worker exits: %s", error)
+    os._exit(1)

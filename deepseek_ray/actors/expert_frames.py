@@ -1,0 +1,96 @@
+"""Expert calls and replies as frames: raw tensor bytes behind a header.
+
+A call's payload is pair_rows [P] int32, pair_experts [P] int32, hidden [N, H]; a reply's is rows [P, H].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_ray.errors import LinkError
+from deepseek_ray.expert_parallel.dispatch import ShardCall
+from deepseek_ray.links.frame import DtypeCode, Frame, FrameKind
+
+_CODES = {torch.float32: DtypeCode.FLOAT32, torch.bfloat16: DtypeCode.BFLOAT16}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_INDEX_BYTES = 4
+
+
+class CallContent(NamedTuple):
+    """What a shard reads from a call; the tensors look into the frame's memory."""
+
+    hidden: Tensor
+    """[N, H]."""
+    pair_rows: Tensor
+    """[P] int64."""
+    pair_experts: Tensor
+    """[P] int64."""
+
+
+def call_frame(call: ShardCall, hidden: Tensor, layer: int, sequence: int, attempt: int, **table: int) -> Frame:
+    """hidden [T, H] is the whole layer's input; the rows the shard needs are picked here."""
+    rows = hidden[call.token_rows].contiguous()
+    return Frame(
+        FrameKind.EXPERT_CALL,
+        [_bytes(call.pair_rows), _bytes(call.pair_experts), _bytes(rows)],
+        sequence=sequence,
+        layer=layer,
+        attempt=attempt,
+        num_rows=rows.shape[0],
+        num_pairs=call.pair_rows.numel(),
+        dtype=_CODES[hidden.dtype],
+        **table,
+    )
+
+
+def read_call(frame: Frame, hidden_size: int) -> CallContent:
+    """Raises LinkError when the payload is not as long as the counts say, or an index points outside."""
+    dtype = _DTYPES.get(frame.dtype)
+    pairs, rows = frame.num_pairs, frame.num_rows
+    if dtype is None or not pairs or not rows:
+        raise LinkError(f"an expert call has dtype {frame.dtype!r}, {rows} rows, {pairs} pairs; it needs some of each")
+    expected = 2 * pairs * _INDEX_BYTES + rows * hidden_size * dtype.itemsize
+    if len(frame.payload) != expected:
+        raise LinkError(f"an expert call has {len(frame.payload)} payload bytes, its counts say {expected}")
+    pair_rows = torch.frombuffer(frame.payload, dtype=torch.int32, count=pairs).long()
+    pair_experts = torch.frombuffer(frame.payload, dtype=torch.int32, count=pairs, offset=pairs * _INDEX_BYTES).long()
+    hidden = torch.frombuffer(frame.payload, dtype=dtype, offset=2 * pairs * _INDEX_BYTES).view(rows, hidden_size)
+    if int(pair_rows.min()) < 0 or int(pair_rows.max()) >= rows:
+        raise LinkError(f"an expert call names row {int(pair_rows.max())} of {rows}")
+    return CallContent(hidden, pair_rows, pair_experts)
+
+
+def reply_frame(call: Frame, rows: Tensor) -> Frame:
+    return answer(call, FrameKind.EXPERT_REPLY, _bytes(rows), dtype=_CODES[rows.dtype])
+
+
+def answer(call: Frame, kind: FrameKind, payload: object = b"", dtype: DtypeCode = DtypeCode.NONE) -> Frame:
+    """A frame that the caller can match with its call."""
+    return Frame(
+        kind,
+        payload,
+        incarnation=call.incarnation,
+        sequence=call.sequence,
+        layer=call.layer,
+        attempt=call.attempt,
+        num_pairs=call.num_pairs,
+        dtype=dtype,
+    )
+
+
+def read_reply(frame: Frame, hidden_size: int) -> Tensor:
+    """[P, H], looking into the frame's memory: use it before the frame is released."""
+    dtype = _DTYPES.get(frame.dtype)
+    if dtype is None or len(frame.payload) != frame.num_pairs * hidden_size * dtype.itemsize:
+        raise LinkError(
+            f"an expert reply for {frame.num_pairs} pairs has {len(frame.payload)} bytes of {frame.dtype!r}; "
+            f"expected rows of {hidden_size}"
+        )
+    return torch.frombuffer(frame.payload, dtype=dtype).view(frame.num_pairs, hidden_size)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())

@@ -1,0 +1,82 @@
+"""What an expert shard does, without Ray: hold some experts and answer calls over links."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+
+from deepseek_ray.actors.expert_frames import answer, read_call, reply_frame
+from deepseek_ray.errors import LinkClosedError, LinkError
+from deepseek_ray.links.base import Link
+from deepseek_ray.links.connect import Listener
+from deepseek_ray.links.frame import Frame, FrameKind
+from deepseek_ray.models.expert_store import ExpertStore
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertService:
+    """Answers expert calls on every link a listener accepts; one thread per link, one computation at a time."""
+
+    def __init__(self, listener: Listener, hidden_size: int) -> None:
+        self._listener = listener
+        self._hidden_size = hidden_size
+        self._store: ExpertStore | None = None
+        self._computing = threading.Lock()
+        self.num_calls = 0
+        self.num_pairs = 0
+
+    @property
+    def loaded(self) -> bool:
+        return self._store is not None
+
+    def hold(self, store: ExpertStore) -> None:
+        """From now on these experts are answered for; until then every call is stale."""
+        self._store = store
+
+    def start(self) -> None:
+        _start_thread(self._accept, "accept")
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                link = self._listener.accept(timeout=None)
+            except LinkClosedError:
+                return
+            if link is not None:
+                _start_thread(lambda link=link: self._serve(link), f"serve {link.peer}")
+
+    def _serve(self, link: Link) -> None:
+        with link:
+            try:
+                while True:
+                    frame = link.receive()
+                    if frame is not None:
+                        with frame:
+                            link.send(self._answer(frame))
+            except LinkClosedError:
+                logger.info("%s is gone", link.peer)
+            except LinkError as error:
+                logger.warning("link to %s closed: %s", link.peer, error)
+
+    def _answer(self, frame: Frame) -> Frame:
+        if frame.kind is FrameKind.PING:
+            return answer(frame, FrameKind.PONG)
+        if frame.kind is not FrameKind.EXPERT_CALL:
+            raise LinkError(f"an expert shard got a {frame.kind.name} frame; it takes EXPERT_CALL and PING")
+        content = read_call(frame, self._hidden_size)
+        store = self._store
+        if store is None or not all(store.holds(frame.layer, expert) for expert in set(content.pair_experts.tolist())):
+            return answer(frame, FrameKind.STALE)
+        with self._computing, torch.inference_mode():
+            rows = store.run(frame.layer, content.hidden, content.pair_rows, content.pair_experts)
+            self.num_calls += 1
+            self.num_pairs += frame.num_pairs
+        return reply_frame(frame, rows)
+
+
+def _start_thread(run: Callable[[], None], name: str) -> None:
+    threading.Thread(target=run, name=name, daemon=True).start()

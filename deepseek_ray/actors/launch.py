@@ -1,0 +1,96 @@
+"""Creating and ending the actors of a deployment. No torch: the router calls this too.
+
+Every actor is detached, named and restarted by Ray without limit, so none falls with the process that created it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+
+from deepseek_ray.actors.record import NAMESPACE, DeploymentRecord, actor_name, delete_record
+from deepseek_ray.actors.shells import AttentionWorkerActor, ExpertShardActor
+from deepseek_ray.config.engine import DeploymentConfig
+
+logger = logging.getLogger(__name__)
+
+
+def create_router(config: DeploymentConfig) -> Any:
+    """The router's handle; an existing router of the deployment is joined."""
+    from deepseek_ray.actors.router import Router
+
+    return _create(Router, config.name, "router", 0, threads=1, arguments=(config.name,), max_concurrency=1000)
+
+
+def create_members(config: DeploymentConfig) -> None:
+    """Attention workers and expert shards; those that exist are left alone."""
+    for role, id, threads in member_threads(config):
+        shell = ExpertShardActor if role == "expert_shard" else AttentionWorkerActor
+        _create(shell, config.name, role, id, threads, arguments=(config.name, id, threads))
+
+
+def member_threads(config: DeploymentConfig) -> list[tuple[str, int, int]]:
+    """(role, id, threads) of every member. Attention and experts take turns, so each side may use all cores."""
+    total = config.threads or os.cpu_count() or 1
+    rows = [
+        ("attention_worker", id, max(1, total // config.attention_workers)) for id in range(config.attention_workers)
+    ]
+    return rows + [("expert_shard", id, max(1, total // config.expert_shards)) for id in range(config.expert_shards)]
+
+
+def end_deployment(record: DeploymentRecord, delete: bool = True) -> None:
+    """Remove the record, the Serve application that belongs to it, and every actor, the router last."""
+    name = record.description.name
+    if delete:
+        delete_record(name)
+    if record.serve_application:
+        _end_serve(record)
+    config = record.config
+    for role, id, _ in member_threads(config):
+        _kill(actor_name(name, role, id))
+    _kill(actor_name(name, "router"))
+
+
+def _end_serve(record: DeploymentRecord) -> None:
+    from ray import serve
+
+    try:
+        if record.owns_serve:
+            serve.shutdown()
+        elif record.serve_application:
+            serve.delete(record.serve_application)
+    except Exception as error:  # a Serve that is gone already, or half way: the actors must go all the same
+        logger.warning("Serve application %s: %s", record.serve_application, error)
+
+
+def _kill(name: str) -> None:
+    try:
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+    except ValueError:
+        logger.debug("%s is gone already", name)
+
+
+def _create(
+    cls: type, deployment: str, role: str, id: int, threads: int, arguments: tuple[Any, ...], **options: Any
+) -> Any:
+    """A detached actor, or the one of this name that exists. It asks for no CPUs: on a small node serving and training
+    share the cores, and the thread counts below bound what each takes."""
+    actor = ray.remote(cls).options(
+        name=actor_name(deployment, role, id),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        num_cpus=0,
+        runtime_env={"env_vars": _thread_variables(threads)},
+        **options,
+    )
+    return actor.remote(*arguments)
+
+
+def _thread_variables(threads: int) -> dict[str, str]:
+    """Threads that wait must sleep: spinning ones take the cores of the process they wait for."""
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}

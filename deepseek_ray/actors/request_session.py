@@ -1,0 +1,247 @@
+"""A client's side of a deployment: requests out, token events in, retries in between. No torch.
+
+One link per attention worker carries all requests of this client. A worker that dies costs a request nothing but time:
+it is sent to another one with the tokens it already has, and goes on after them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import msgspec
+import ray
+
+import deepseek_ray.errors as errors
+from deepseek_ray.actors.record import DeploymentDescription, DeploymentRecord, get_router, require_record
+from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.errors import DeadlineExceededError, DeepSeekRayError, LinkError, UnavailableError
+from deepseek_ray.links.base import Link
+from deepseek_ray.links.connect import connect
+from deepseek_ray.links.frame import message_frame, read_message
+from deepseek_ray.messages import AbortRequest, GenerateRequest, TokenEvent, TokenEvents
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 8
+_RETRY_SECONDS = 0.25
+_CONNECT_SECONDS = 5.0
+_DECODER = msgspec.msgpack.Decoder(TokenEvents)
+
+
+class _WorkerLostError(DeepSeekRayError):
+    """The link to the attention worker ended while the request ran there."""
+
+
+class DeploymentClient:
+    """Sends requests to a deployment. Belongs to one event loop; one per process is enough."""
+
+    def __init__(self, record: DeploymentRecord) -> None:
+        self._record = record
+        self._name = record.description.name
+        self._node_id: str = ray.get_runtime_context().get_node_id()
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[int, _WorkerStream] = {}
+        self._connecting = asyncio.Lock()
+        self._known_workers: dict[int, WorkerView] = {}
+        self._turn = itertools.count()
+
+    @classmethod
+    async def connect(cls, name: str) -> Self:
+        """Raises DeploymentError when there is no such deployment on this cluster."""
+        return cls(require_record(name))
+
+    async def describe(self) -> DeploymentDescription:
+        return self._record.description
+
+    async def ready(self) -> bool:
+        """Whether the deployment can generate, as its router says; False when the router does not answer."""
+        try:
+            return await asyncio.wait_for(get_router(self._name).ready.remote(), timeout=2.0)
+        except (ray.exceptions.RayError, ValueError, TimeoutError):
+            return False
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """Events of one request until it is finished. Closing the iterator stops the work.
+
+        Raises what the engine or the router refused the request with (RequestError, OverloadedError, ...),
+        UnavailableError after too many lost workers, DeadlineExceededError when the time ran out between two of them.
+        """
+        seconds = request.deadline_seconds or self._record.description.request_timeout_seconds
+        deadline = time.monotonic() + seconds
+        delivered = list(request.output_token_ids)
+        lost: list[int] = []
+        for attempt in range(MAX_ATTEMPTS):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise DeadlineExceededError(f"the request's deadline of {seconds:g} s is over; allow more time")
+            attempted = msgspec.structs.replace(
+                request, attempt=attempt, output_token_ids=list(delivered), deadline_seconds=remaining
+            )
+            try:
+                async for event in self._attempt(attempted, lost):
+                    delivered += event.token_ids
+                    yield event
+                    if event.finish_reason is not None:
+                        return
+            except _WorkerLostError as error:
+                logger.warning("request %s goes elsewhere: %s", request.request_id, error)
+                await asyncio.sleep(_RETRY_SECONDS * attempt)
+        raise UnavailableError(f"{MAX_ATTEMPTS} attempts were lost with their attention workers; try again later")
+
+    async def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+    async def _attempt(self, request: GenerateRequest, lost: list[int]) -> AsyncIterator[TokenEvent]:
+        """Events of one attempt on one worker. Appends the worker's incarnation to `lost` if it dies."""
+        worker = await self._admit(request, lost)
+        try:
+            stream = await self._stream(worker)
+        except (LinkError, OSError) as error:
+            lost.append(worker.incarnation)
+            raise _WorkerLostError(f"attention worker {worker.id} cannot be reached: {error}") from None
+        events = stream.open(request)
+        finished = False
+        try:
+            while True:
+                event = await events.get()
+                if event is None:
+                    lost.append(worker.incarnation)
+                    finished = True
+                    raise _WorkerLostError(f"attention worker {worker.id} is gone")
+                if event.attempt != request.attempt:
+                    continue  # a late word of an earlier attempt
+                if event.finish_reason is not None:
+                    finished = True
+                if event.finish_reason == "error":
+                    raise _error_of(event)
+                yield event
+        finally:
+            stream.forget(request.request_id, abort=not finished)
+            self._release(request.request_id)
+
+    async def _admit(self, request: GenerateRequest, lost: list[int]) -> WorkerView:
+        """Ask the router; while it is away go on with the workers known so far, in turn."""
+        tokens = len(request.prompt_token_ids) + (request.params.max_tokens or 0)
+        try:
+            worker = await get_router(self._name).admit.remote(
+                request.request_id, tokens, request.deadline_seconds or 0.0, lost
+            )
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UnavailableError) and lost:
+                raise _WorkerLostError(str(error.cause)) from None
+            raise (error.cause if isinstance(error.cause, DeepSeekRayError) else error) from None
+        except (ray.exceptions.RayError, ValueError) as error:
+            candidates = [worker for worker in self._known_workers.values() if worker.incarnation not in lost]
+            if not candidates:
+                raise _WorkerLostError(f"the router does not answer: {error}") from None
+            return candidates[next(self._turn) % len(candidates)]
+        self._known_workers[worker.id] = worker
+        return worker
+
+    def _release(self, request_id: str) -> None:
+        try:
+            get_router(self._name).release.remote(request_id)
+        except (ray.exceptions.RayError, ValueError) as error:
+            logger.debug("router away, %s not released: %s", request_id, error)
+
+    async def _stream(self, worker: WorkerView) -> _WorkerStream:
+        """The open stream to this life of the worker."""
+        async with self._connecting:
+            stream = self._streams.get(worker.id)
+            if stream is not None and stream.alive and stream.incarnation == worker.incarnation:
+                return stream
+            if stream is not None:
+                stream.close()
+            link = await asyncio.to_thread(self._connect, worker)
+            self._streams[worker.id] = _WorkerStream(link, worker.incarnation, self._loop)
+            return self._streams[worker.id]
+
+    def _connect(self, worker: WorkerView) -> Link:
+        return connect(
+            worker.endpoints,
+            node_id=self._node_id,
+            deployment=self._name,
+            secret=self._record.secret,
+            transport=self._record.config.transport,
+            timeout=_CONNECT_SECONDS,
+        )
+
+
+class _WorkerStream:
+    """The link to one attention worker and the queues of the requests that run there."""
+
+    def __init__(self, link: Link, incarnation: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.incarnation = incarnation
+        self.alive = True
+        self._link = link
+        self._loop = loop
+        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        threading.Thread(target=self._read, name=f"read {link.peer}", daemon=True).start()
+
+    def open(self, request: GenerateRequest) -> asyncio.Queue[TokenEvent | None]:
+        """Send the request; its events come out of the queue, None when the worker is gone."""
+        events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        self._queues[request.request_id] = events
+        self._send(request, events)
+        return events
+
+    def forget(self, request_id: str, abort: bool) -> None:
+        self._queues.pop(request_id, None)
+        if abort and self.alive:
+            self._send(AbortRequest(request_id=request_id), None)
+
+    def close(self) -> None:
+        self.alive = False
+        self._link.close()
+
+    def _send(self, message: Any, events: asyncio.Queue[TokenEvent | None] | None) -> None:
+        try:
+            self._link.send(message_frame(message))
+        except LinkError:
+            if events is not None:
+                events.put_nowait(None)
+
+    def _read(self) -> None:
+        """In a thread: frames to the event loop until the link ends."""
+        try:
+            while True:
+                frame = self._link.receive()
+                if frame is not None:
+                    self._hand_over(self._deliver, read_message(frame, _DECODER).events)
+        except LinkError as error:
+            logger.info("link to %s ended: %s", self._link.peer, error)
+        self._hand_over(self._end, None)
+
+    def _hand_over(self, call: Any, argument: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, argument)
+        except RuntimeError:
+            logger.debug("the event loop is closed; %s is not read any more", self._link.peer)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            target = self._queues.get(event.request_id)
+            if target is not None:
+                target.put_nowait(event)
+
+    def _end(self, _: None) -> None:
+        self.alive = False
+        self._link.close()
+        for events in self._queues.values():
+            events.put_nowait(None)
+
+
+def _error_of(event: TokenEvent) -> DeepSeekRayError:
+    """The error an engine ended a request with, as the class it was raised with there."""
+    kind = getattr(errors, event.error_kind or "", None)
+    if isinstance(kind, type) and issubclass(kind, DeepSeekRayError):
+        return kind(event.error or "")
+    return DeepSeekRayError(event.error or "the engine ended the request")

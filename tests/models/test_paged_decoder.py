@@ -1,0 +1,121 @@
+"""The inference decoder: equal to transformers, and the same bits whatever the batch and the chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.native import NativeKernels
+from deepseek_ray.kernels.reference import ReferenceKernels
+from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
+from deepseek_ray.models.paged_decoder import PagedDecoder
+from deepseek_ray.models.save import save_checkpoint
+from deepseek_ray.nn.paged import LatentCache, PagedBatch
+from tests.checkpoints import tiny_config, write_random_checkpoint
+
+BLOCK = 4
+YARN = {
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.8,
+    }
+}
+SOFTMAX = {"scoring_func": "softmax", "topk_method": "greedy", "model_type": "deepseek_v2", "n_group": 1}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "v3": {},
+    "v3 yarn, no shared expert": {**YARN, "n_shared_experts": 0},
+    "v3 biased attention, tied": {"attention_bias": True, "tie_word_embeddings": True},
+    "v2-lite": {**SOFTMAX, "q_lora_rank": None},
+    "v2": {**SOFTMAX, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+}
+
+
+def make_decoder(directory: Path, dtype: torch.dtype, kernels: Kernels | None = None) -> PagedDecoder:
+    reader = CheckpointReader(directory)
+    held = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
+    return PagedDecoder(reader, dtype, LocalExperts(ExpertStore(reader, held, dtype, kernels)), kernels)
+
+
+class Runner:
+    """Feeds chunks of several sequences through one paged cache whose blocks are dealt out in a scattered order."""
+
+    def __init__(self, decoder: PagedDecoder, num_sequences: int) -> None:
+        self.decoder = decoder
+        blocks = 16
+        self.cache: LatentCache = decoder.new_cache(num_sequences * blocks, BLOCK)
+        order = torch.randperm(num_sequences * blocks, generator=torch.Generator().manual_seed(1)).int()
+        self.tables = order.view(num_sequences, blocks)
+
+    def step(self, chunks: list[tuple[int, list[int], int]]) -> list[torch.Tensor]:
+        """chunks: (sequence, token ids, first position); returns logits of every token, per chunk."""
+        ids, positions, slots, rows = [], [], [], []
+        for row, (sequence, tokens, first) in enumerate(chunks):
+            place = torch.arange(first, first + len(tokens))
+            ids += tokens
+            positions.append(place)
+            slots.append(self.tables[sequence][place // BLOCK].long() * BLOCK + place % BLOCK)
+            rows += [row] * len(tokens)
+        batch = PagedBatch(
+            token_ids=torch.tensor(ids),
+            positions=torch.cat(positions),
+            slots=torch.cat(slots),
+            sequence_rows=torch.tensor(rows, dtype=torch.int32),
+            block_tables=self.tables[[sequence for sequence, _, _ in chunks]].contiguous(),
+            logit_rows=torch.arange(len(ids)),
+        )
+        logits = self.decoder.forward(batch, self.cache)
+        return list(logits.split([len(tokens) for _, tokens, _ in chunks]))
+
+
+def prompt(length: int, seed: int = 0, vocab: int = 96) -> list[int]:
+    return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("kernels", [NativeKernels, ReferenceKernels])
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any], kernels: type[Kernels]) -> None:
+    directory = write_random_checkpoint(tmp_path / "model", tiny_config(**changes))
+    tokens = prompt(23)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([tokens])).logits[0]
+    (ours,) = Runner(make_decoder(directory, torch.float32, kernels()), 1).step([(0, tokens, 0)])
+    assert (ours - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [CONFIGS["v3"], CONFIGS["v2"]], ids=["v3", "v2"])
+def test_bits_do_not_depend_on_chunks_or_neighbours(
+    tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    decoder = make_decoder(write_random_checkpoint(tmp_path / "model", tiny_config(**changes)), dtype)
+    a, b = prompt(21, seed=1), prompt(33, seed=2)
+    (alone,) = Runner(decoder, 2).step([(0, a, 0)])
+    one_by_one = Runner(decoder, 2)
+    decoded = torch.cat([one_by_one.step([(0, [token], place)])[0] for place, token in enumerate(a)])
+    assert torch.equal(decoded, alone)
+    mixed = Runner(decoder, 2)
+    first = mixed.step([(1, b[:9], 0), (0, a[:13], 0)])[1]
+    second = mixed.step([(0, a[13:], 13), (1, b[9:], 9)])[0]
+    assert torch.equal(torch.cat([first, second]), alone)
+
+
+def test_zeroing_an_expert_changes_the_logits(tmp_path: Path) -> None:
+    """A control: routed experts take part in the answer."""
+    directory = write_random_checkpoint(tmp_path / "model", tiny_config())
+    tokens = prompt(40)
+    (before,) = Runner(make_decoder(directory, torch.float32), 1).step([(0, tokens, 0)])
+    tensors = {name: CheckpointReader(directory).tensor(name) for name in CheckpointReader(directory).names}
+    tensors["model.layers.1.mlp.experts.3.down_proj.weight"].zero_()
+    save_checkpoint(tmp_path / "without", tiny_config(), tensors.items())
+    (after,) = Runner(make_decoder(tmp_path / "without", torch.float32), 1).step([(0, tokens, 0)])
+    assert (after - before).abs().max() > 1e-2

@@ -77,6 +77,12 @@ class Engine:
         """True when another request is accepted: it finds a free seat, or fewer than `max_waiting` wait for one."""
         return len(self._generations) < self.config.max_num_seqs + self.config.max_waiting
 
+    @property
+    def next_deadline(self) -> float | None:
+        """The clock's time at which the first of the present requests runs out; None when none has a deadline."""
+        deadlines = [g.deadline for g in self._generations.values() if g.deadline is not None]
+        return min(deadlines, default=None)
+
     def add_request(self, request: GenerateRequest) -> None:
         """Queue a request; its tokens come out of later steps.
 
@@ -112,20 +118,25 @@ class Engine:
         return True
 
     def step(self) -> list[TokenEvent]:
-        """Compute one batch and return what it added, at most one event with a token per request.
+        """Compute one batch and return what it added: one event for each request that got a token.
 
-        What goes wrong with one request ends that request. An exception of the decoder itself travels to the caller;
+        When requests have ended without computing anything (aborts, deadlines), their events are returned at once and
+        nothing is computed: they must not wait for a step that may take long. What goes wrong with one request ends that request. An exception of the decoder itself travels to the caller;
         the failed step is not counted, so calling again repeats it.
         """
         self._end_expired()
+        if self._ended:
+            events, self._ended = self._ended, []
+            return events
         step = self._scheduler.schedule()
-        if step.items:
-            logits = self._runner.run(step)
-            self._scheduler.advance(step)
-            for sequence, row in zip(step.sampled, logits, strict=True):
-                self._ended.append(self._take(self._generations[sequence.request.request_id], row))
-        events, self._ended = self._ended, []
-        return events
+        if not step.items:
+            return []
+        logits = self._runner.run(step)
+        self._scheduler.advance(step)
+        return [
+            self._take(self._generations[sequence.request.request_id], row)
+            for sequence, row in zip(step.sampled, logits, strict=True)
+        ]
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler

@@ -288,11 +288,13 @@ def test_deadlines_end_requests_running_and_waiting() -> None:
     engine.add_request(patient)
     clock.now += 1.9
     assert [event.finish_reason for event in engine.step()] == [None]
+    assert engine.next_deadline == 102.0
     clock.now += 0.1
-    (ended, first_of_next) = engine.step()
+    (ended,) = engine.step()
     assert (ended.request_id, ended.finish_reason, ended.error_kind) == ("slow", "error", "DeadlineExceededError")
     assert "2 s" in (ended.error or "")
-    assert first_of_next.request_id == "waits"
+    assert engine.next_deadline == 102.5
+    assert [event.request_id for event in engine.step()] == ["waits"]
     clock.now += 0.5
     rest: list[TokenEvent] = []
     while engine.has_work:
@@ -301,6 +303,21 @@ def test_deadlines_end_requests_running_and_waiting() -> None:
     assert [t for event in rest[1:] for t in event.token_ids] == alone(patient).token_ids
     with pytest.raises(RequestError, match="deadline"):
         engine.add_request(msgspec.structs.replace(slow, deadline_seconds=math.nan))
+
+
+def test_ends_do_not_wait_for_a_decoder_that_is_stuck() -> None:
+    clock, decoder = Clock(), FakeDecoder()
+    engine = make_engine(decoder=decoder, clock=clock)
+    engine.add_request(msgspec.structs.replace(make_request("expires"), deadline_seconds=1.0))
+    engine.add_request(make_request("aborted"))
+    engine.add_request(make_request("goes on"))
+    engine.step()
+    engine.abort("aborted")
+    clock.now += 1
+    decoder.failures = [ConnectionError("stuck")]
+    assert {event.request_id for event in engine.step()} == {"aborted", "expires"}
+    assert decoder.failures, "nothing was computed"
+    assert engine.next_deadline is None
 
 
 def test_a_full_engine_refuses() -> None:

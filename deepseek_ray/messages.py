@@ -106,6 +106,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, frozen=True, tag="generate")
     params: SamplingParams
     deadline_seconds: float | None = None
     """Time left when the request was sent, a duration: clocks of two processes are never compared."""
+    prompt_logprobs: int | None = None
+    """Report the prompt's own tokens too, as `SamplingParams.logprobs` does the output's; None reports nothing."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -129,6 +131,8 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     text: str = ""
     """Text that became final with this event: whole characters only, never part of a possible stop string."""
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Entries of the prompt's second token on, with the event of index 0, when the request asked for them."""
     finish_reason: str | None = None
     """None while running; then "stop", "length", "abort" or "error"."""
     stop_reason: int | str | None = None

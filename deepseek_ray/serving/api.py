@@ -1,0 +1,196 @@
+"""The HTTP API as one ASGI application: routes, admission, deadlines, and every error in one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek_ray.engine.tokenizer import Tokenizer
+from deepseek_ray.errors import DeadlineExceededError, DeepSeekRayError, OverloadedError, RequestError, UnavailableError
+from deepseek_ray.serving.backend import Backend, ServedModel
+from deepseek_ray.serving.body import parse_body
+from deepseek_ray.serving.chat import plan_chat, reply_chat, stream_chat
+from deepseek_ray.serving.completions import plan_completion, reply_completion, stream_completion
+from deepseek_ray.serving.errors import ErrorReply, HttpError, describe_error
+from deepseek_ray.serving.exchange import ClientGoneError, Exchange, Receive, Scope, Send
+from deepseek_ray.serving.job import ApiContext, Job, check_model
+from deepseek_ray.serving.limits import ApiLimits
+from deepseek_ray.serving.models import model_card, model_list
+from deepseek_ray.serving.replies import Health
+from deepseek_ray.serving.schema import ChatRequest, CompletionRequest, parse_request
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Exchange], Awaitable[None]]
+_MODEL_PATH = "/v1/models/"
+_DEADLINE_GRACE_SECONDS = 1.0
+"""The engine ends a request at its deadline; this much later the API does so itself, should the engine not answer."""
+_SMALL_BODY_BYTES = 16 * 1024
+"""Smaller bodies are read and tokenised on the event loop, larger ones in a thread, so that others' tokens go on."""
+
+
+def build_api(
+    backend: Backend, tokenizer: Tokenizer, model: ServedModel, limits: ApiLimits, echo_request_id: bool = True
+) -> Api:
+    """The application for one model. `echo_request_id` is False behind a proxy that sets X-Request-Id itself."""
+    return Api(ApiContext(backend, tokenizer, model, limits), echo_request_id)
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    """How a generating endpoint reads, plans and answers."""
+
+    request_type: type[Any]
+    id_prefix: str
+    plan: Callable[[Any, ApiContext, str], Job]
+    reply: Callable[[Any, Job, ApiContext], Awaitable[Any]]
+    stream: Callable[[Any, Job, ApiContext], Any]
+
+
+_CHAT = _Endpoint(ChatRequest, "chatcmpl-", plan_chat, reply_chat, stream_chat)
+_COMPLETIONS = _Endpoint(CompletionRequest, "cmpl-", plan_completion, reply_completion, stream_completion)
+
+
+class Api:
+    """ASGI callable. `num_generating` counts the requests that generate now."""
+
+    def __init__(self, context: ApiContext, echo_request_id: bool) -> None:
+        self.context = context
+        self.num_generating = 0
+        self._echo_request_id = echo_request_id
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/health": {"GET": self._health},
+            "/ready": {"GET": self._ready},
+            "/v1/models": {"GET": self._models},
+            "/v1/chat/completions": {"POST": lambda exchange: self._generate(exchange, _CHAT)},
+            "/v1/completions": {"POST": lambda exchange: self._generate(exchange, _COMPLETIONS)},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            await self._handle(Exchange(scope, receive, send, self._echo_request_id))
+
+    async def _handle(self, exchange: Exchange) -> None:
+        try:
+            await self._route(exchange)(exchange)
+        except ClientGoneError:
+            logger.info("request %s: the client left", exchange.request_id)
+        except Exception as error:
+            if not isinstance(error, DeepSeekRayError):
+                logger.exception("request %s failed", exchange.request_id)
+            reply = describe_error(error, exchange.request_id)
+            await exchange.fail(_without_path(reply, self.context.model))
+
+    def _route(self, exchange: Exchange) -> Handler:
+        methods = self._routes.get(exchange.path)
+        if methods is None and exchange.path.startswith(_MODEL_PATH):
+            methods = {"GET": self._model}
+        if methods is None:
+            raise HttpError(404, f"there is no {exchange.path[:200]} here; see /v1/models", "not_found")
+        handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
+        if handler is None:
+            allowed = ", ".join(methods)
+            raise HttpError(
+                405,
+                f"{exchange.path[:200]} takes {allowed}, not {exchange.method[:20]}",
+                "method_not_allowed",
+                {"allow": allowed},
+            )
+        return handler
+
+    async def _health(self, exchange: Exchange) -> None:
+        await exchange.reply(Health("ok"))
+
+    async def _ready(self, exchange: Exchange) -> None:
+        if not await self.ready():
+            raise UnavailableError("the model cannot generate now: it is starting, recovering or stopping; try again")
+        await exchange.reply(Health("ready"))
+
+    async def ready(self) -> bool:
+        """True when the backend says in time that it can generate."""
+        try:
+            async with asyncio.timeout(self.context.limits.ready_timeout_seconds):
+                return await self.context.backend.ready()
+        except (TimeoutError, UnavailableError):
+            return False
+
+    async def _models(self, exchange: Exchange) -> None:
+        await exchange.reply(model_list(self.context.model))
+
+    async def _model(self, exchange: Exchange) -> None:
+        check_model(exchange.path.removeprefix(_MODEL_PATH), self.context.model)
+        await exchange.reply(model_card(self.context.model))
+
+    async def _generate(self, exchange: Exchange, endpoint: _Endpoint) -> None:
+        _check_media_type(exchange)
+        limits = self.context.limits
+        body = await exchange.read_body(limits.max_body_bytes, limits.body_timeout_seconds)
+        self._admit()
+        try:
+            await exchange.unless_client_leaves(self._answer(exchange, endpoint, body))
+        finally:
+            self.num_generating -= 1
+
+    def _admit(self) -> None:
+        limit = self.context.limits.max_concurrent_requests
+        if self.num_generating >= limit:
+            raise OverloadedError(f"{self.num_generating} requests are being answered; the limit is {limit}; try later")
+        self.num_generating += 1
+
+    async def _answer(self, exchange: Exchange, endpoint: _Endpoint, body: bytes) -> None:
+        seconds = self.context.limits.request_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds + _DEADLINE_GRACE_SECONDS):
+                if len(body) < _SMALL_BODY_BYTES:
+                    request, job = self._plan(exchange, endpoint, body)
+                else:
+                    request, job = await asyncio.to_thread(self._plan, exchange, endpoint, body)
+                if request.stream:
+                    await exchange.stream(endpoint.stream(request, job, self.context))
+                else:
+                    await exchange.reply(await endpoint.reply(request, job, self.context))
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"the request's deadline of {seconds:g} s is over; ask for fewer tokens"
+            ) from None
+
+    def _plan(self, exchange: Exchange, endpoint: _Endpoint, body: bytes) -> tuple[Any, Job]:
+        request = parse_request(endpoint.request_type, parse_body(body, self.context.limits.max_json_depth))
+        if request.stream_options is not None and not request.stream:
+            raise RequestError(
+                "stream_options needs stream to be true; set it or leave stream_options out", param="stream_options"
+            )
+        answer_id = endpoint.id_prefix + (request.request_id or exchange.request_id)
+        return request, endpoint.plan(request, self.context, answer_id)
+
+
+def _check_media_type(exchange: Exchange) -> None:
+    """JSON only: a web page can make a browser send forms and plain text to any address without asking."""
+    media_type = exchange.header("content-type").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HttpError(
+            415,
+            f"the content type is {media_type[:100]!r}; send JSON with the header Content-Type: application/json",
+            "unsupported_media_type",
+        )
+
+
+def _without_path(reply: ErrorReply, model: ServedModel) -> ErrorReply:
+    """Where the model lies on the server is not the client's business."""
+    reply.body.error.message = reply.body.error.message.replace(model.model_dir, model.served_model_name)
+    return reply
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

@@ -47,8 +47,9 @@ class Tokenizer:
         """Number of ids the tokenizer knows; a model's own `vocab_size` may be padded above it."""
         self.bos_token_id = self._named_id("bos_token")
         self.pad_token_id = self._named_id("pad_token")
-        eos_id = self._named_id("eos_token")
-        self.eos_token_ids = frozenset(eos_token_ids) | (frozenset() if eos_id is None else {eos_id})
+        self.eos_token_id = self._named_id("eos_token")
+        own_eos = frozenset() if self.eos_token_id is None else {self.eos_token_id}
+        self.eos_token_ids = frozenset(eos_token_ids) | own_eos
         """Ids that end an output: generation_config.json's (else config.json's) and the tokenizer's own."""
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._bytes_of: dict[int, bytes] = {}

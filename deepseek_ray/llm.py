@@ -31,7 +31,13 @@ def _open_local(config: DeploymentConfig) -> OfflineBackend:
     return LocalBackend(config)
 
 
-_BACKENDS: dict[str, Callable[[DeploymentConfig], OfflineBackend]] = {"local": _open_local}
+def _open_actors(config: DeploymentConfig) -> OfflineBackend:
+    from deepseek_ray.actors.offline import ActorsBackend
+
+    return ActorsBackend(config)
+
+
+_BACKENDS: dict[str, Callable[[DeploymentConfig], OfflineBackend]] = {"local": _open_local, "actors": _open_actors}
 
 
 class LLM:

@@ -17,7 +17,7 @@ from deepseek_ray.actors.record import require_record
 from deepseek_ray.actors.token_service import TokenService
 from deepseek_ray.control.membership import Directive, MemberReport, MemberState, ShardAddress
 from deepseek_ray.engine.engine import Engine
-from deepseek_ray.engine.tokenizer import Tokenizer
+from deepseek_ray.engine.offline import tokenizer_beside
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect, listen
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -66,7 +66,7 @@ class AttentionWorker:
         try:
             reader = CheckpointReader(Path(self._config.model_dir))
             decoder = PagedDecoder(reader, getattr(torch, self._config.dtype), self._experts)
-            engine = Engine(decoder, Tokenizer.from_dir(self._config.model_dir), self._config.engine)
+            engine = Engine(decoder, tokenizer_beside(self._config.model_dir), self._config.engine)
         except Exception as error:  # reported to whoever started the deployment, who ends it
             logger.exception("cannot load the model")
             self._state, self._error = "failed", str(error)

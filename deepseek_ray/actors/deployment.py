@@ -24,8 +24,6 @@ from deepseek_ray.actors.record import (
     require_record,
 )
 from deepseek_ray.config.engine import DeploymentConfig
-from deepseek_ray.engine.kv_blocks import plan_cache
-from deepseek_ray.engine.tokenizer import Tokenizer
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel.placement import contiguous_placement
 
@@ -110,21 +108,17 @@ def deployment_status(name: str) -> dict[str, Any]:
 
 def _make_record(config: DeploymentConfig, serve_application: str | None, owns_serve: bool) -> DeploymentRecord:
     """Check the model directory from its headers and say what the deployment is."""
+    import torch
+
+    from deepseek_ray.engine.engine import plan_engine_cache
     from deepseek_ray.models.checkpoint import CheckpointReader
-    from deepseek_ray.nn.paged import LatentCache
 
     directory = Path(config.model_dir).resolve()
     reader = CheckpointReader(directory)
     reader.validate()
-    Tokenizer.from_dir(directory)
     model = reader.config
     contiguous_placement(model.moe_layers, model.n_routed_experts, config.expert_shards)
-    import torch
-
-    block_bytes = LatentCache.bytes_per_block(
-        model.num_hidden_layers, config.engine.block_size, model.latent_width, getattr(torch, config.dtype)
-    )
-    plan = plan_cache(config.engine, model.max_position_embeddings, block_bytes)
+    plan = plan_engine_cache(config.engine, model, getattr(torch, config.dtype))
     return DeploymentRecord(
         instance=uuid.uuid4().hex,
         secret=secrets.token_bytes(32),

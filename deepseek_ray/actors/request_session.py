@@ -29,7 +29,9 @@ from deepseek_ray.messages import AbortRequest, GenerateRequest, TokenEvent, Tok
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 8
-_RETRY_SECONDS = 0.25
+_WORKER_WAIT_SECONDS = 30.0
+"""How long a request waits for an attention worker before it is answered that there is none."""
+_RETRY_SECONDS = 0.1
 _CONNECT_SECONDS = 5.0
 _DECODER = msgspec.msgpack.Decoder(TokenEvents)
 
@@ -70,28 +72,30 @@ class DeploymentClient:
         """Events of one request until it is finished. Closing the iterator stops the work.
 
         Raises what the engine or the router refused the request with (RequestError, OverloadedError, ...),
-        UnavailableError after too many lost workers, DeadlineExceededError when the time ran out between two of them.
+        UnavailableError when no worker can be had or too many were lost, DeadlineExceededError when the time ran out
+        between two of them.
         """
         seconds = request.deadline_seconds or self._record.description.request_timeout_seconds
         deadline = time.monotonic() + seconds
         delivered = list(request.output_token_ids)
-        lost: list[int] = []
+        lost: list[tuple[int, int]] = []
         for attempt in range(MAX_ATTEMPTS):
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise DeadlineExceededError(f"the request's deadline of {seconds:g} s is over; allow more time")
+            worker = await self._admit(request, deadline, lost)
             attempted = msgspec.structs.replace(
-                request, attempt=attempt, output_token_ids=list(delivered), deadline_seconds=remaining
+                request,
+                attempt=attempt,
+                output_token_ids=list(delivered),
+                deadline_seconds=deadline - time.monotonic(),
             )
             try:
-                async for event in self._attempt(attempted, lost):
+                async for event in self._attempt(worker, attempted):
                     delivered += event.token_ids
                     yield event
                     if event.finish_reason is not None:
                         return
             except _WorkerLostError as error:
                 logger.warning("request %s goes elsewhere: %s", request.request_id, error)
-                await asyncio.sleep(_RETRY_SECONDS * attempt)
+                lost.append((worker.id, worker.incarnation))
         raise UnavailableError(f"{MAX_ATTEMPTS} attempts were lost with their attention workers; try again later")
 
     async def close(self) -> None:
@@ -99,50 +103,56 @@ class DeploymentClient:
             stream.close()
         self._streams.clear()
 
-    async def _attempt(self, request: GenerateRequest, lost: list[int]) -> AsyncIterator[TokenEvent]:
-        """Events of one attempt on one worker. Appends the worker's incarnation to `lost` if it dies."""
-        worker = await self._admit(request, lost)
+    async def _attempt(self, worker: WorkerView, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """Events of one attempt on one worker; _WorkerLostError if it dies."""
         try:
             stream = await self._stream(worker)
         except (LinkError, OSError) as error:
-            lost.append(worker.incarnation)
+            self._release(request.request_id)
             raise _WorkerLostError(f"attention worker {worker.id} cannot be reached: {error}") from None
         events = stream.open(request)
-        finished = False
+        running = True
         try:
-            while True:
+            while running:
                 event = await events.get()
                 if event is None:
-                    lost.append(worker.incarnation)
-                    finished = True
+                    running = False
                     raise _WorkerLostError(f"attention worker {worker.id} is gone")
                 if event.attempt != request.attempt:
                     continue  # a late word of an earlier attempt
-                if event.finish_reason is not None:
-                    finished = True
+                running = event.finish_reason is None
                 if event.finish_reason == "error":
                     raise _error_of(event)
                 yield event
         finally:
-            stream.forget(request.request_id, abort=not finished)
+            stream.forget(request.request_id, abort=running)
             self._release(request.request_id)
 
-    async def _admit(self, request: GenerateRequest, lost: list[int]) -> WorkerView:
-        """Ask the router; while it is away go on with the workers known so far, in turn."""
+    async def _admit(self, request: GenerateRequest, deadline: float, lost: list[tuple[int, int]]) -> WorkerView:
+        """A worker for the request; waits a while when there is none, since Ray is restarting it."""
+        patience = min(deadline, time.monotonic() + _WORKER_WAIT_SECONDS)
+        while True:
+            try:
+                return await self._ask_router(request, deadline - time.monotonic(), lost)
+            except UnavailableError:
+                if time.monotonic() >= deadline:
+                    raise DeadlineExceededError("the request's deadline is over; allow more time") from None
+                if time.monotonic() >= patience:
+                    raise
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _ask_router(self, request: GenerateRequest, seconds: float, lost: list[tuple[int, int]]) -> WorkerView:
+        """The router's choice; while it is away, the workers known so far in turn."""
         tokens = len(request.prompt_token_ids) + (request.params.max_tokens or 0)
         try:
-            worker = await get_router(self._name).admit.remote(
-                request.request_id, tokens, request.deadline_seconds or 0.0, lost
-            )
+            worker = await get_router(self._name).admit.remote(request.request_id, tokens, seconds, lost)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UnavailableError) and lost:
-                raise _WorkerLostError(str(error.cause)) from None
             raise (error.cause if isinstance(error.cause, DeepSeekRayError) else error) from None
         except (ray.exceptions.RayError, ValueError) as error:
-            candidates = [worker for worker in self._known_workers.values() if worker.incarnation not in lost]
-            if not candidates:
-                raise _WorkerLostError(f"the router does not answer: {error}") from None
-            return candidates[next(self._turn) % len(candidates)]
+            known = [w for w in self._known_workers.values() if (w.id, w.incarnation) not in lost]
+            if not known:
+                raise UnavailableError(f"the router does not answer ({error}); try again in a few seconds") from None
+            return known[next(self._turn) % len(known)]
         self._known_workers[worker.id] = worker
         return worker
 

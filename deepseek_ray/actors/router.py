@@ -51,10 +51,11 @@ class Router:
         self._start_housekeeping()
         return self._membership.observe(report, time.monotonic())
 
-    async def admit(self, request_id: str, tokens: int, seconds: float, avoid: list[int]) -> WorkerView:
+    async def admit(self, request_id: str, tokens: int, seconds: float, avoid: list[tuple[int, int]]) -> WorkerView:
         """The worker that takes a request of about `tokens` tokens and at most `seconds`.
 
-        `avoid` lists incarnations that just failed this request. Raises OverloadedError, UnavailableError.
+        `avoid` lists (id, incarnation) of workers that just failed this request. Raises OverloadedError or
+        UnavailableError.
         """
         now = time.monotonic()
         return self._admission.admit(request_id, tokens, seconds, self._membership.workers(now), now, avoid)

@@ -31,15 +31,15 @@ class Admission:
         seconds: float,
         workers: Sequence[WorkerView],
         now: float,
-        avoid: Sequence[int] = (),
+        avoid: Sequence[tuple[int, int]] = (),
     ) -> WorkerView:
-        """The worker with the fewest outstanding tokens; `avoid` lists incarnations a retry has just lost.
+        """The worker with the fewest outstanding tokens; `avoid` lists the (id, incarnation) of workers that a retry has just lost.
 
         Raises UnavailableError without workers, OverloadedError when each is full.
         """
         self._requests = {key: entry for key, entry in self._requests.items() if entry.expires > now}
         self._requests.pop(request_id, None)
-        candidates = [worker for worker in workers if worker.incarnation not in avoid]
+        candidates = [worker for worker in workers if (worker.id, worker.incarnation) not in avoid]
         if not candidates:
             raise UnavailableError("no attention worker answers right now; retry in a few seconds")
         load = {worker.id: [0, 0] for worker in candidates}

@@ -83,6 +83,12 @@ class Engine:
         deadlines = [g.deadline for g in self._generations.values() if g.deadline is not None]
         return min(deadlines, default=None)
 
+    @property
+    def next_deadline(self) -> float | None:
+        """When, by `clock`, the first request here runs out of time; None if none can."""
+        deadlines = [generation.deadline for generation in self._generations.values() if generation.deadline is not None]
+        return min(deadlines, default=None)
+
     def add_request(self, request: GenerateRequest) -> None:
         """Queue a request; its tokens come out of later steps.
 

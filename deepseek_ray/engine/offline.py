@@ -49,8 +49,7 @@ class LocalBackend(OfflineBackend):
         reader.validate()
         dtype = getattr(torch, config.dtype)
         plan_engine_cache(config.engine, reader.config, dtype)
-        has_tokenizer = (Path(config.model_dir) / "tokenizer.json").is_file()
-        self.tokenizer = Tokenizer.from_dir(config.model_dir) if has_tokenizer else None
+        self.tokenizer = tokenizer_beside(config.model_dir)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         every_expert = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
@@ -65,6 +64,11 @@ class LocalBackend(OfflineBackend):
 
     def shutdown(self) -> None:
         self._engine = None
+
+
+def tokenizer_beside(model_dir: str) -> Tokenizer | None:
+    """The model's tokenizer; None for a model without one, which then takes token ids only."""
+    return Tokenizer.from_dir(model_dir) if (Path(model_dir) / "tokenizer.json").is_file() else None
 
 
 def run_engine(engine: Engine, requests: Sequence[GenerateRequest]) -> Iterator[TokenEvent]:

@@ -13,7 +13,7 @@ from deepseek_ray.links.base import Endpoints
 
 def workers(count: int) -> list[WorkerView]:
     endpoints = Endpoints(node_id="node", unix_name=None, tcp_host=None, tcp_port=0, incarnation=1)
-    return [WorkerView(id, incarnation=100 + id, endpoints=endpoints) for id in range(count)]
+    return [WorkerView(id, incarnation=1, endpoints=endpoints) for id in range(count)]
 
 
 def test_the_worker_with_the_fewest_outstanding_tokens_is_chosen() -> None:
@@ -44,7 +44,7 @@ def test_a_request_nobody_released_is_forgotten_at_its_deadline() -> None:
 def test_a_retry_replaces_its_first_try_and_avoids_the_lost_worker() -> None:
     admission = Admission(max_in_flight=1)
     admission.admit("a", 1, 60, workers(2), now=0)
-    assert admission.admit("a", 1, 60, workers(2), now=0, avoid=[100]).id == 1
+    assert admission.admit("a", 1, 60, workers(2), now=0, avoid=[(0, 1)]).id == 1
     assert admission.in_flight == 1
 
 

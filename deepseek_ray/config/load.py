@@ -63,7 +63,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
             raise ConfigError(
-                f"--set {override!r}: {'.'.join(parts[:depth])} is {inner!r}, which has no keys inside; set it as a whole"
+                f"--set {override!r}: {'.'.join(parts[:depth])} is {inner!r}, which has no keys inside; "
+                "set it as a whole"
             )
         section = inner
     section[parts[-1]] = _parse(text, f"--set {override!r}")
@@ -82,7 +83,7 @@ class _Loader(yaml.SafeLoader):
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
         if key in seen:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from deepseek_ray.training.ranks import Ranks
 
 
 class BalancedLayer(Protocol):
@@ -49,9 +50,10 @@ class Balancer:
     so every rank computes the same new biases and they never need to be broadcast.
     """
 
-    def __init__(self, layers: list[BalancedLayer], speed: float) -> None:
+    def __init__(self, layers: list[BalancedLayer], speed: float, ranks: Ranks) -> None:
         self._layers = layers
         self._speed = speed
+        self._ranks = ranks
 
     def step(self) -> Tensor:
         """Update the biases and return the counts of the step, [L, E] int64, summed over ranks."""
@@ -66,7 +68,4 @@ class Balancer:
         """[L, E] int64 since the last call, summed over ranks; [0, 0] for a model without routed experts."""
         if not self._layers:
             return torch.zeros(0, 0, dtype=torch.int64)
-        counts = torch.stack([layer.take_counts() for layer in self._layers])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-        return counts
+        return self._ranks.sum(torch.stack([layer.take_counts() for layer in self._layers]))

@@ -1,0 +1,99 @@
+"""What one checkpoint holds: a servable model directory, and beside it in `trainer/` what training needs to go on.
+
+    config.json, model*.safetensors, tokenizer files     the Hugging Face layout, as serving and `transformers` read it
+    trainer/optimizer.safetensors                        moments and update counts by parameter name
+    trainer/rng.safetensors                              random number generators of every worker
+    trainer/state.json                                   step, data cursor, last metrics, configuration
+    manifest.json                                        sizes and sha256 (training/checkpoint.py)
+
+The trainer's tensors lie in a folder of their own because readers load every `*.safetensors` beside config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.errors import CheckpointError
+from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.decoder import DeepSeekForCausalLM
+from deepseek_ray.models.load import load_weights, save_model
+from deepseek_ray.training.optimizer_state import optimizer_tensors, restore_optimizer
+
+_FOLDER, _OPTIMIZER, _RNG, _STATE = "trainer", "optimizer.safetensors", "rng.safetensors", "state.json"
+_BYTES_PER_PARAMETER = 12
+"""float32 weight and two moments."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands; plain values."""
+
+    step: int
+    """Optimiser steps done."""
+    cursor: dict[str, int]
+    metrics: dict[str, Any]
+    """The last line of metrics.jsonl, with a validation if there was one."""
+    config: dict[str, Any]
+
+
+def checkpoint_bytes(model: DeepSeekForCausalLM) -> int:
+    """About how large a checkpoint of this model is."""
+    return _BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_checkpoint(
+    directory: Path,
+    model: DeepSeekForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    rng: dict[str, Tensor],
+    tokenizer_dir: Path,
+) -> None:
+    """Fill `directory`, which is published by the caller (`CheckpointStore.save`)."""
+    save_model(model, directory)
+    for path in tokenizer_dir.iterdir():
+        shutil.copyfile(path, directory / path.name)
+    folder = directory / _FOLDER
+    folder.mkdir()
+    moments = optimizer_tensors(model.named_parameters(), optimizer)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, folder / _OPTIMIZER)
+    save_file(rng, folder / _RNG)
+    (folder / _STATE).write_text(json.dumps(state.__dict__, indent=2) + "\n", encoding="utf-8")
+
+
+def read_state(directory: Path) -> TrainerState:
+    return TrainerState(**json.loads((directory / _FOLDER / _STATE).read_text(encoding="utf-8")))
+
+
+def restore_model(directory: Path, model: DeepSeekForCausalLM) -> None:
+    """Copy the weights into `model`, on the CPU. CheckpointError when the run's model section was changed."""
+    reader = CheckpointReader(directory)
+    if difference := _difference(reader.config, model.config):
+        raise CheckpointError(
+            f"{directory} was trained with another model: {difference}. Resume with the model section the run was "
+            "started with, or start a new run under another name"
+        )
+    reader.validate()
+    load_weights(model, reader)
+
+
+def restore_trainer(directory: Path, model: DeepSeekForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put the optimiser's state back and return the random number generators' states; see `rng.py`."""
+    folder = directory / _FOLDER
+    restore_optimizer(model.named_parameters(), optimizer, load_file(folder / _OPTIMIZER), str(folder / _OPTIMIZER))
+    return load_file(folder / _RNG)
+
+
+def _difference(saved: ModelConfig, wanted: ModelConfig) -> str | None:
+    before, now = saved.model_dump(), wanted.model_dump()
+    changed = [f"{name} was {before[name]!r} and is {now[name]!r}" for name in now if before[name] != now[name]]
+    return ", ".join(changed) or None

@@ -1,0 +1,192 @@
+"""Runs the training loop on Ray Train: the only file of this folder that imports ray.
+
+Ray Train starts the workers, connects them (gloo or NCCL) and starts them again when one dies; where to resume is the
+loop's own business (`training/loop.py`), so a restarted worker group and a restarted driver take the same road.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from deepseek_ray.config.run import PretrainConfig
+from deepseek_ray.data.prepare import PreparedData, prepare_data
+from deepseek_ray.errors import ConfigError, TrainingError
+from deepseek_ray.training.loop import train
+from deepseek_ray.training.progress import MetricsFollower, ProgressLine
+from deepseek_ray.training.ranks import Ranks, is_users_error
+from deepseek_ray.training.resources import NodeResources, WorkerResources, plan_workers
+from deepseek_ray.training.result import PretrainResult
+
+_LOCK_FILE = ".lock"
+
+
+def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout) -> PretrainResult:
+    """Train `config` to its last step, or resume it there, and return what came out.
+
+    Joins the Ray this process is connected to, else the cluster of RAY_ADDRESS, else starts a local one for the while.
+    Prints a status line to `stream`. Raises TrainingError, DataError or ConfigError for what a person has to change.
+    """
+    run_dir = absolute_run_dir(config)
+    with _lock(run_dir), _connected():
+        workers = plan_workers(config, _nodes())
+        data = prepare_data(config.data)
+        progress = ProgressLine(stream, config.total_steps)
+        progress.note(_headline(config, workers, data))
+        follower = MetricsFollower(run_dir, progress.show)
+        try:
+            outcome = _fit(config, run_dir, workers, data)
+        finally:
+            follower.close()
+            progress.close()
+        if "error" in outcome:
+            raise outcome["error"]
+        result = PretrainResult.from_dict(outcome["result"])
+        result.write()
+        return result
+
+
+def absolute_run_dir(config: PretrainConfig) -> Path:
+    """Where the run is kept, the same directory for driver and workers. Refuses what a Ray job would throw away."""
+    path = config.run_dir
+    if not path.is_absolute():
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+            raise ConfigError(
+                f"storage_path is {config.storage_path!r}, relative to the working directory of a Ray job, which is "
+                "deleted with the job; give an absolute path that every node can write"
+            )
+        path = Path.cwd() / path
+    return path
+
+
+def _fit(config: PretrainConfig, run_dir: Path, workers: WorkerResources, data: PreparedData) -> dict[str, Any]:
+    trainer = TorchTrainer(
+        _run_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "run_dir": str(run_dir),
+            "data": data,
+            "threads": workers.threads,
+        },
+        torch_config=TorchConfig(timeout_s=config.distributed.timeout_s),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.threads, **({"GPU": 1} if workers.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=run_dir.name,
+            storage_path=str(run_dir.parent),
+            failure_config=ray.train.FailureConfig(max_failures=config.training.max_failures),
+            # Without this Ray gives every worker one OpenMP thread; spinning threads would take turns with each other.
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads), "OMP_WAIT_POLICY": "PASSIVE"}},
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    with _restored_interrupt_handler():
+        try:
+            return trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise TrainingError(
+                f"the workers of run {config.name!r} failed more than training.max_failures = "
+                f"{config.training.max_failures} times; the last failure: {_last_line(error)}. Checkpoints are in "
+                f"{run_dir}; starting the same name again resumes from the newest one"
+            ) from error
+
+
+def _run_worker(values: dict[str, Any]) -> dict[str, Any]:
+    """One Ray Train worker. A person's error is an answer, not a crash: starting the worker again would not help."""
+    context = ray.train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
+    torch.set_num_threads(values["threads"])
+    config = PretrainConfig.parse(values["config"])
+    try:
+        result = train(config, Path(values["run_dir"]), values["data"], ranks, on_checkpoint=ray.train.report)
+    except Exception as error:
+        if not is_users_error(error):
+            raise
+        return {"error": error}
+    return {"result": asdict(result)}
+
+
+def _headline(config: PretrainConfig, workers: WorkerResources, data: PreparedData) -> str:
+    model = config.model
+    return (
+        f"run {config.name}: {model.num_parameters / 1e6:,.1f} M parameters ({model.num_active_parameters / 1e6:,.1f} M "
+        f"active), {data.train.num_tokens / 1e6:,.2f} M training tokens, {config.total_steps} steps of "
+        f"{config.tokens_per_step:,} tokens on {config.num_workers} x {workers.describe()}"
+    )
+
+
+def _nodes() -> list[NodeResources]:
+    return [
+        NodeResources(cpus=int(node["Resources"].get("CPU", 0)), gpus=int(node["Resources"].get("GPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Ray for the while of the run. Without RAY_ADDRESS a plain init would join any cluster found on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    address = None if "RAY_ADDRESS" in os.environ else "local"
+    ray.init(address=address, include_dashboard=False if address else None, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """One driver per run: a second one would write the same files. The system frees the lock when a driver dies."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / _LOCK_FILE).open("w")
+    except OSError as error:
+        raise TrainingError(
+            f"the run's directory {run_dir} cannot be written ({error}); set storage_path to one that can"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"run {run_dir.name!r} in {run_dir.parent} is being trained by another process; wait for it, or give "
+                "this run another name"
+            ) from None
+        yield
+
+
+@contextmanager
+def _restored_interrupt_handler() -> Iterator[None]:
+    """Ray Train installs a SIGINT handler of its own and leaves it behind."""
+    try:
+        before = signal.getsignal(signal.SIGINT)
+        yield
+    finally:
+        try:
+            signal.signal(signal.SIGINT, before)
+        except ValueError:
+            pass  # not the main thread: Ray installed none

@@ -80,9 +80,13 @@ class MLA(nn.Module):
         k_nope, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         queries = torch.cat((q_nope, q_rope), dim=-1)
         keys = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, heads, -1, -1)), dim=-1)
-        return F.scaled_dot_product_attention(
+        # torch's fast kernels want one width for all three; zeros change neither scores nor values.
+        width = max(config.qk_head_dim, config.v_head_dim)
+        queries, keys, values = (F.pad(x, (0, width - x.shape[-1])) for x in (queries, keys, values))
+        attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=config.softmax_scale
         )
+        return attended[..., : config.v_head_dim]
 
     def _attend_absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None

@@ -35,10 +35,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
     pairs as halves: queries and keys are permuted alike, which leaves their products unchanged. Computed in float32,
     returned in x's dtype.
     """
-    if interleaved:
-        first, second = x[..., 0::2].float(), x[..., 1::2].float()
-    else:
-        first, second = x.float().chunk(2, dim=-1)
+    wide = x.float()
+    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
 

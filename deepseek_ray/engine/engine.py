@@ -18,7 +18,7 @@ from deepseek_ray.engine.generation import Generation
 from deepseek_ray.engine.kv_blocks import CachePlan, KVBlocks, plan_cache
 from deepseek_ray.engine.requests import check_request, max_output_tokens, sampling_seed
 from deepseek_ray.engine.runner import Decoder, DecoderShape, Runner
-from deepseek_ray.engine.scheduler import Scheduler
+from deepseek_ray.engine.scheduler import ScheduledSequence, Scheduler
 from deepseek_ray.engine.stats import EngineStats
 from deepseek_ray.engine.stop import Finish, OutputState
 from deepseek_ray.engine.tokenizer import Detokenizer, Tokenizer
@@ -83,12 +83,6 @@ class Engine:
         deadlines = [g.deadline for g in self._generations.values() if g.deadline is not None]
         return min(deadlines, default=None)
 
-    @property
-    def next_deadline(self) -> float | None:
-        """When, by `clock`, the first request here runs out of time; None if none can."""
-        deadlines = [generation.deadline for generation in self._generations.values() if generation.deadline is not None]
-        return min(deadlines, default=None)
-
     def add_request(self, request: GenerateRequest) -> None:
         """Queue a request; its tokens come out of later steps.
 
@@ -127,8 +121,9 @@ class Engine:
         """Compute one batch and return what it added: one event for each request that got a token.
 
         When requests have ended without computing anything (aborts, deadlines), their events are returned at once and
-        nothing is computed: they must not wait for a step that may take long. What goes wrong with one request ends that request. An exception of the decoder itself travels to the caller;
-        the failed step is not counted, so calling again repeats it.
+        nothing is computed: they must not wait for a step that may take long. What goes wrong with one request ends
+        that request. An exception of the decoder itself travels to the caller; the failed step is not counted, so
+        calling again repeats it.
         """
         self._end_expired()
         if self._ended:
@@ -139,10 +134,15 @@ class Engine:
             return []
         logits = self._runner.run(step)
         self._scheduler.advance(step)
-        return [
-            self._take(self._generations[sequence.request.request_id], row)
-            for sequence, row in zip(step.sampled, logits, strict=True)
-        ]
+        events = []
+        row = 0
+        for item in step.items:
+            end = row + len(item.scored) + item.samples
+            event = self._take(self._generations[item.sequence.request.request_id], item, logits[row:end])
+            row = end
+            if event is not None:
+                events.append(event)
+        return events
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -190,9 +190,13 @@ class Engine:
                 )
                 self._ended.append(generation.end(Finish("error"), error))
 
-    def _take(self, generation: Generation, logits: NDArray[np.float32]) -> TokenEvent:
+    def _take(self, generation: Generation, item: ScheduledSequence, logits: NDArray[np.float32]) -> TokenEvent | None:
+        """Hand a generation its rows of logits; its event, None while its prompt is not computed."""
         try:
-            event = generation.take(logits)
+            generation.score(logits[: len(item.scored)])
+            if not item.samples:
+                return None
+            event = generation.take(logits[-1])
             self._num_generated_tokens += 1
         except Exception as error:  # whatever it is, it is about this request: the others go on
             logger.warning("request %s ends: %s", generation.request.request_id, error, exc_info=error)

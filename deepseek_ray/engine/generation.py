@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_ray.engine.sampler import choose_token, describe_choice
+from deepseek_ray.engine.sampler import check_finite, choose_token, describe_choice
 from deepseek_ray.engine.sequence import Sequence
 from deepseek_ray.engine.stop import Finish, OutputState
-from deepseek_ray.messages import GenerateRequest, TokenEvent
+from deepseek_ray.messages import GenerateRequest, TokenEvent, TokenLogprob
 
 
 class Generation:
@@ -24,6 +24,7 @@ class Generation:
         self.sequence = Sequence(request)
         self._seed = seed
         self._output = output
+        self._prompt_logprobs: list[TokenLogprob] = []
 
     def replay(self) -> Finish | None:
         """Feed the tokens that the client already has; how the output ended if it had ended with them."""
@@ -32,6 +33,14 @@ class Generation:
             if finish:
                 return finish
         return None
+
+    def score(self, logits: NDArray[np.float32]) -> None:
+        """Note how likely the next tokens of the prompt were. `logits` [places, vocab_size]; GenerationError as `take`."""
+        prompt = self.request.prompt_token_ids
+        for row in logits:
+            place = 1 + len(self._prompt_logprobs)
+            check_finite(row, place)
+            self._prompt_logprobs.append(describe_choice(row, prompt[place], self.request.prompt_logprobs or 0))
 
     def take(self, logits: NDArray[np.float32]) -> TokenEvent:
         """Choose the next token from `logits` [vocab_size]. GenerationError when there is none to choose."""
@@ -55,6 +64,7 @@ class Generation:
             token_ids=[token_id],
             text=text,
             logprobs=logprobs,
+            prompt_logprobs=self._prompt_logprobs if index == 0 and self.request.prompt_logprobs is not None else None,
             finish_reason=finish.reason if finish else None,
             stop_reason=finish.stop_reason if finish else None,
         )

@@ -50,7 +50,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> NDArray[np.float32]:
-        """Logits [n, vocab_size] of `step.sampled`, in that order."""
+        """Logits [n, vocab_size]: for each item of the step its `scored` places, then its last token if it samples."""
         batch = make_batch(step, self._cache.block_size)
         return self._decoder.forward(batch, self._cache).numpy()
 
@@ -69,6 +69,8 @@ def make_batch(step: ScheduledStep, block_size: int) -> PagedBatch:
         positions.append(place)
         slots.append(table[place // block_size].astype(np.int64) * block_size + place % block_size)
         rows.append(np.full(item.num_tokens, row, dtype=np.int32))
+        first = len(token_ids) - item.num_tokens - item.start
+        logit_rows += [first + scored for scored in item.scored]
         if item.samples:
             logit_rows.append(len(token_ids) - 1)
 

@@ -32,11 +32,7 @@ def choose_token(
 
     GenerationError when a logit is not finite or every token is forbidden.
     """
-    if not np.isfinite(logits).all():
-        raise GenerationError(
-            f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} logits are NaN or infinite at token "
-            f"{len(token_ids)}; the model's weights or its dtype's range are at fault"
-        )
+    check_finite(logits, len(token_ids))
     scores = adjust_logits(logits, params, token_ids, num_prompt_tokens, forbidden_token_ids)
     best = int(scores.argmax())  # the lowest id among equals
     if scores[best] == -np.inf:
@@ -44,6 +40,15 @@ def choose_token(
     if params.temperature == 0:
         return best
     return draw(token_weights(scores, params), uniform(seed, len(token_ids) - num_prompt_tokens))
+
+
+def check_finite(logits: NDArray[np.float32], place: int) -> None:
+    """GenerationError unless every logit of the token at `place` is finite."""
+    if not np.isfinite(logits).all():
+        raise GenerationError(
+            f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} logits are NaN or infinite at token {place}; "
+            "the model's weights or its dtype's range are at fault"
+        )
 
 
 def adjust_logits(

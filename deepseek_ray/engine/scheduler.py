@@ -22,6 +22,8 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_tokens: int
+    scored: range = range(0)
+    """Places in the sequence whose logits say how likely the prompt's next token was; empty unless asked for."""
 
     @property
     def samples(self) -> bool:
@@ -85,6 +87,7 @@ class Scheduler:
         """Record that the step's tokens are computed."""
         for item in step.items:
             item.sequence.num_computed_tokens = item.start + item.num_tokens
+            item.sequence.num_scored_tokens = max(item.sequence.num_scored_tokens, item.scored.stop)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a running or waiting sequence out and free its blocks."""
@@ -101,7 +104,7 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if not self._grow_or_preempt(sequence, sequence.num_computed_tokens + num_tokens, step):
                 break  # it was the last one and preempted itself
-            step.items.append(ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens))
+            step.items.append(_scheduled(sequence, sequence.num_computed_tokens, num_tokens))
             budget -= num_tokens
             index += 1
         return budget
@@ -132,5 +135,11 @@ class Scheduler:
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
             num_tokens = min(sequence.num_tokens, budget)
-            step.items.append(ScheduledSequence(sequence, 0, num_tokens))
+            step.items.append(_scheduled(sequence, 0, num_tokens))
             budget -= num_tokens
+
+
+def _scheduled(sequence: Sequence, start: int, num_tokens: int) -> ScheduledSequence:
+    # The logits of the prompt's last token are the first output's.
+    last = min(start + num_tokens, sequence.num_prompt_tokens - 1)
+    return ScheduledSequence(sequence, start, num_tokens, range(max(start, sequence.num_scored_tokens), last))

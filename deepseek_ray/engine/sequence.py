@@ -26,6 +26,10 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_computed_tokens = 0
+        # A retry that brings output has told the client about its prompt already.
+        wants_scores = request.prompt_logprobs is not None and not request.output_token_ids
+        self.num_scored_tokens = 0 if wants_scores else self.num_prompt_tokens
+        """Prompt tokens before this place need no logits: those after them were reported, or never asked for."""
         self.block_table: list[int] = []
         self.status = SequenceStatus.WAITING
 

@@ -35,7 +35,7 @@ class Generation:
         return None
 
     def score(self, logits: NDArray[np.float32]) -> None:
-        """Note how likely the next tokens of the prompt were. `logits` [places, vocab_size]; GenerationError as `take`."""
+        """Note how likely the prompt's next tokens were. `logits` [places, vocab_size]. Raises as `take` does."""
         prompt = self.request.prompt_token_ids
         for row in logits:
             place = 1 + len(self._prompt_logprobs)

@@ -11,7 +11,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Self
 
 import msgspec
@@ -68,7 +69,7 @@ class DeploymentClient:
         except (ray.exceptions.RayError, ValueError, TimeoutError):
             return False
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Events of one request until it is finished. Closing the iterator stops the work.
 
         Raises what the engine or the router refused the request with (RequestError, OverloadedError, ...),
@@ -88,11 +89,12 @@ class DeploymentClient:
                 deadline_seconds=deadline - time.monotonic(),
             )
             try:
-                async for event in self._attempt(worker, attempted):
-                    delivered += event.token_ids
-                    yield event
-                    if event.finish_reason is not None:
-                        return
+                async with aclosing(self._attempt(worker, attempted)) as events:
+                    async for event in events:
+                        delivered += event.token_ids
+                        yield event
+                        if event.finish_reason is not None:
+                            return
             except _WorkerLostError as error:
                 logger.warning("request %s goes elsewhere: %s", request.request_id, error)
                 lost.append((worker.id, worker.incarnation))
@@ -103,7 +105,7 @@ class DeploymentClient:
             stream.close()
         self._streams.clear()
 
-    async def _attempt(self, worker: WorkerView, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+    async def _attempt(self, worker: WorkerView, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Events of one attempt on one worker; _WorkerLostError if it dies."""
         try:
             stream = await self._stream(worker)

@@ -18,7 +18,7 @@ from deepseek_ray.errors import DataError
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Writes a document as BOS, its text's tokens, EOS (each only if the tokenizer has it). Travels between processes.
+    """Writes a document as BOS (if the tokenizer has one), its text's tokens, EOS. Travels between processes.
 
     Special tokens spelt out in a text stay text: a corpus cannot forge a document's end or a user's turn.
     """
@@ -26,7 +26,7 @@ class DocumentEncoder:
     tokenizer_json: str
     vocab_size: int
     bos_id: int | None
-    eos_id: int | None
+    eos_id: int
 
     @classmethod
     def from_dir(cls, directory: Path) -> DocumentEncoder:
@@ -40,10 +40,9 @@ class DocumentEncoder:
     def encode(self, documents: Sequence[Document]) -> PackedDocuments:
         """The documents laid end to end, tokens as uint32."""
         head = [] if self.bos_id is None else [self.bos_id]
-        tail = [] if self.eos_id is None else [self.eos_id]
         texts = [document.text for document in documents]
         encodings = _backend(self.tokenizer_json).encode_batch_fast(texts, add_special_tokens=False)
-        ids = [np.array([*head, *encoding.ids, *tail], dtype=np.uint32) for encoding in encodings]
+        ids = [np.array([*head, *encoding.ids, self.eos_id], dtype=np.uint32) for encoding in encodings]
         return PackedDocuments(
             tokens=np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32),
             lengths=np.array([len(document) for document in ids], dtype=np.int64),

@@ -89,6 +89,9 @@ def _encode_row(unit: ReadUnit, encoder: DocumentEncoder, config: DataConfig) ->
         content = read_unit(unit, config.text_field)
     except DataError as error:  # as a value: Ray would wrap it in its own error, with a worker's traceback
         return row | {"error": error.message}
+    except OSError as error:
+        remedy = "keep the corpus on storage that every node reads under the same path"
+        return row | {"error": f"{unit.path}: a worker cannot read it ({error.strerror or error}); {remedy}"}
     sides: dict[bool, list] = {False: [], True: []}
     for document in content.documents:
         sides[document.is_validation(config.validation_fraction)].append(document)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet
 
 from deepseek_ray.data.corpus import ReadUnit
@@ -119,6 +120,9 @@ def _is_unicode(text: str) -> bool:
 
 def _row_texts(unit: ReadUnit, text_field: str) -> list[str]:
     """Texts of a Parquet row group; rows without a text are left out like empty ones."""
-    with pyarrow.parquet.ParquetFile(unit.path) as parquet:
-        column = parquet.read_row_group(unit.start, columns=[text_field]).column(text_field)
+    try:
+        with pyarrow.parquet.ParquetFile(unit.path) as parquet:
+            column = parquet.read_row_group(unit.start, columns=[text_field]).column(text_field)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{unit.path}, row group {unit.start}: cannot be read ({error}); replace the file") from None
     return [text for text in column.to_pylist() if text is not None]

@@ -55,7 +55,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
 def save_tokenizer(backend: tokenizers.Tokenizer, directory: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, the form `AutoTokenizer.from_pretrained` loads."""
     directory.mkdir(parents=True, exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"))
+    # Not backend.save: it reports a full disk as a bare Exception.
+    (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,

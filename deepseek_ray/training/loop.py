@@ -40,6 +40,7 @@ from deepseek_ray.training.state import (
 from deepseek_ray.training.step import TrainStep, trains_mtp
 
 CHECKPOINTS_DIR = "checkpoints"
+_REPORTED = ("step", "loss", "validation_loss", "validation_bits_per_byte", "tokens_per_second")
 
 
 def train(
@@ -63,9 +64,7 @@ def train(
             if _is_due(step, config.training.checkpoint_interval, config.total_steps):
                 run.save()
                 if on_checkpoint is not None:
-                    on_checkpoint(
-                        {name: values[name] for name in ("step", "loss", "validation_loss") if name in values}
-                    )
+                    on_checkpoint({name: values[name] for name in _REPORTED if name in values})
     finally:
         run.close()
     return run.result(statistics.median(speeds) if speeds else 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from deepseek_ray.errors import DeepSeekRayError, TrainingError
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     @property
     def is_first(self) -> bool:

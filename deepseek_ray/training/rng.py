@@ -25,7 +25,7 @@ def gather_rng_states(ranks: Ranks) -> dict[str, Tensor]:
 
 
 def restore_rng_state(states: dict[str, Tensor], ranks: Ranks, seed: int, step: int) -> None:
-    """Put this worker's generators where they were; a worker the checkpoint does not know starts a stream of its own."""
+    """Put this worker's generators where they were; a worker unknown to the checkpoint starts a stream of its own."""
     if ranks.rank >= len(states["cpu"]):
         seed_worker(seed, ranks.rank, step)
         return

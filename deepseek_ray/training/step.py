@@ -141,7 +141,7 @@ def autocast(config: PretrainConfig, device: torch.device) -> AbstractContextMan
 
 
 def documents_to_mask(document_ids: Tensor) -> Tensor | None:
-    """The ids themselves, or None when no sample holds two documents: plain causal attention is then the same, faster."""
+    """The ids, or None when no sample holds two documents: plain causal attention is then the same, and faster."""
     return None if bool((document_ids[:, 0] == document_ids[:, -1]).all()) else document_ids
 
 

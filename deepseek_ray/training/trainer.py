@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -72,9 +72,10 @@ def absolute_run_dir(config: PretrainConfig) -> Path:
     return path
 
 
+# Ray's type hints describe Train v1 to a checker; v2, which runs, has more arguments and Result.return_value.
 def _fit(config: PretrainConfig, run_dir: Path, workers: WorkerResources, data: PreparedData) -> dict[str, Any]:
     trainer = TorchTrainer(
-        _run_worker,
+        _run_worker,  # type: ignore[arg-type]
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "run_dir": str(run_dir),
@@ -87,7 +88,7 @@ def _fit(config: PretrainConfig, run_dir: Path, workers: WorkerResources, data: 
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.threads, **({"GPU": 1} if workers.use_gpu else {})},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=run_dir.name,
             storage_path=str(run_dir.parent),
             failure_config=ray.train.FailureConfig(max_failures=config.training.max_failures),
@@ -98,7 +99,7 @@ def _fit(config: PretrainConfig, run_dir: Path, workers: WorkerResources, data: 
     )
     with _restored_interrupt_handler():
         try:
-            return trainer.fit().return_value
+            return trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
             raise TrainingError(
                 f"the workers of run {config.name!r} failed more than training.max_failures = "
@@ -125,9 +126,10 @@ def _run_worker(values: dict[str, Any]) -> dict[str, Any]:
 def _headline(config: PretrainConfig, workers: WorkerResources, data: PreparedData) -> str:
     model = config.model
     return (
-        f"run {config.name}: {model.num_parameters / 1e6:,.1f} M parameters ({model.num_active_parameters / 1e6:,.1f} M "
-        f"active), {data.train.num_tokens / 1e6:,.2f} M training tokens, {config.total_steps} steps of "
-        f"{config.tokens_per_step:,} tokens on {config.num_workers} x {workers.describe()}"
+        f"run {config.name}: {model.num_parameters / 1e6:,.1f} M parameters "
+        f"({model.num_active_parameters / 1e6:,.1f} M active), {data.train.num_tokens / 1e6:,.2f} M training tokens, "
+        f"{config.total_steps} steps of {config.tokens_per_step:,} tokens on "
+        f"{config.num_workers} x {workers.describe()}"
     )
 
 
@@ -186,7 +188,5 @@ def _restored_interrupt_handler() -> Iterator[None]:
         before = signal.getsignal(signal.SIGINT)
         yield
     finally:
-        try:
+        with suppress(ValueError):  # not the main thread: Ray installed none
             signal.signal(signal.SIGINT, before)
-        except ValueError:
-            pass  # not the main thread: Ray installed none

@@ -47,7 +47,6 @@ def test_stdlib_is_the_library_itself() -> None:
     names = {file.name for file in find_files(DataConfig())}
     assert {"json/decoder.py", "asyncio/tasks.py", "this.py"} <= names
     assert not any(word in f"/{name}" for name in names for word in ("site-packages", "/_sysconfigdata", "/test/"))
-    )
     root = Path(sysconfig.get_path("stdlib"))
     assert (root / "json/decoder.py").read_text() in texts_of(
         DataConfig(source="source_tree", paths=(str(root / "json"),))

@@ -60,6 +60,9 @@ class Api:
     def __init__(self, context: ApiContext, echo_request_id: bool) -> None:
         self.context = context
         self.num_generating = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._echo_request_id = echo_request_id
         self._routes: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
@@ -114,12 +117,24 @@ class Api:
         await exchange.reply(Health("ready"))
 
     async def ready(self) -> bool:
-        """True when the backend says in time that it can generate."""
+        """True when the backend says in time that it can generate, and work is taken here."""
+        if self._draining:
+            return False
         try:
             async with asyncio.timeout(self.context.limits.ready_timeout_seconds):
                 return await self.context.backend.ready()
         except (TimeoutError, UnavailableError):
             return False
+
+    async def drain(self, seconds: float) -> int:
+        """Take no new work and wait, at most `seconds`, for what is running; how many requests still run then."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("%d requests still run after %g s of draining", self.num_generating, seconds)
+        return self.num_generating
 
     async def _models(self, exchange: Exchange) -> None:
         await exchange.reply(model_list(self.context.model))
@@ -137,12 +152,17 @@ class Api:
             await exchange.unless_client_leaves(self._answer(exchange, endpoint, body))
         finally:
             self.num_generating -= 1
+            if not self.num_generating:
+                self._idle.set()
 
     def _admit(self) -> None:
+        if self._draining:
+            raise UnavailableError("this server is shutting down; send the request to another one, or later")
         limit = self.context.limits.max_concurrent_requests
         if self.num_generating >= limit:
             raise OverloadedError(f"{self.num_generating} requests are being answered; the limit is {limit}; try later")
         self.num_generating += 1
+        self._idle.clear()
 
     async def _answer(self, exchange: Exchange, endpoint: _Endpoint, body: bytes) -> None:
         seconds = self.context.limits.request_timeout_seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import selectors
 import socket
 import ssl
@@ -15,7 +16,12 @@ from deepseek_ray.errors import LinkClosedError, LinkError
 
 Buffer = bytes | bytearray | memoryview
 MAX_PARTS = 512  # below IOV_MAX (1024) everywhere
+# plain integers: arithmetic on the enum members costs a microsecond each time
+_TRUNCATED, _CLOSE_ON_EXEC = int(socket.MSG_CTRUNC), int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 _ANCILLARY_BYTES = socket.CMSG_SPACE(array.array("i", [0]).itemsize * 4)
+
+
+EVENT_READ, EVENT_WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Channel:
@@ -56,13 +62,13 @@ class Channel:
     def read_with_descriptors(self, view: memoryview) -> tuple[int, list[int]]:
         """`read_into` on a UNIX socket, with the descriptors that came along; the caller closes them."""
         try:
-            count, rights, flags, _ = self._sock.recvmsg_into([view], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+            count, rights, flags, _ = self._sock.recvmsg_into([view], _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
         except BlockingIOError:
             return 0, []
         except OSError as error:
             raise LinkClosedError(f"the peer closed the link or died ({error})") from None
         descriptors = _descriptors(rights) if rights else []
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             for descriptor in descriptors:
                 os.close(descriptor)
             raise LinkError("the peer sent more descriptors than a link ever carries; the link is out of step")
@@ -136,7 +142,7 @@ class SocketWait:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._selector = selectors.DefaultSelector()
-        self._selector.register(channel, selectors.EVENT_READ)
+        self._selector.register(channel, EVENT_READ)
 
     def wait(self, seconds: float | None) -> int:
         """The events that hold, EVENT_READ (also at the end) and EVENT_WRITE; 0 when time is up."""
@@ -144,7 +150,7 @@ class SocketWait:
         return found[0][1] if found else 0
 
     def watch_output(self, on: bool) -> None:
-        self._selector.modify(self._channel, selectors.EVENT_READ | (selectors.EVENT_WRITE if on else 0))
+        self._selector.modify(self._channel, EVENT_READ | (EVENT_WRITE if on else 0))
 
     def fileno(self) -> int:
         """A descriptor that is readable when `wait` has something to report."""
@@ -154,15 +160,45 @@ class SocketWait:
         self._selector.close()
 
 
+class EpollWait:
+    """`SocketWait` on Linux, without the 2 microseconds that the selectors module adds to every wait."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._epoll = select.epoll()
+        self._epoll.register(channel, select.EPOLLIN)
+
+    def wait(self, seconds: float | None) -> int:
+        found = self._epoll.poll(seconds)
+        if not found:
+            return 0
+        flags = found[0][1]  # EPOLLHUP and EPOLLERR count as both, as in selectors
+        return (EVENT_READ if flags & ~select.EPOLLOUT else 0) | (EVENT_WRITE if flags & ~select.EPOLLIN else 0)
+
+    def watch_output(self, on: bool) -> None:
+        self._epoll.modify(self._channel, select.EPOLLIN | (select.EPOLLOUT if on else 0))
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+def socket_wait(channel: Channel) -> SocketWait | EpollWait:
+    """The fastest way to wait that this system has."""
+    return EpollWait(channel) if hasattr(select, "epoll") else SocketWait(channel)
+
+
 class Readiness:
     """One descriptor that is readable when the socket is, or when a flag is set: for frames that were already read."""
 
-    def __init__(self, socket_wait: SocketWait) -> None:
+    def __init__(self, socket_wait: SocketWait | EpollWait) -> None:
         self._read_end, self._write_end = os.pipe()
         self._raised = False
         self._selector = selectors.DefaultSelector()
-        self._selector.register(socket_wait, selectors.EVENT_READ)
-        self._selector.register(self._read_end, selectors.EVENT_READ)
+        self._selector.register(socket_wait, EVENT_READ)
+        self._selector.register(self._read_end, EVENT_READ)
 
     def fileno(self) -> int:
         return self._selector.fileno()

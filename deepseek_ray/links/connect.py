@@ -42,12 +42,12 @@ def listen(
     check_secret(secret)
     if transport == "shared_memory" and not SHARED_MEMORY_SUPPORTED:
         raise LinkError("transport is 'shared_memory', which needs Linux; use 'auto' or 'tcp'")
-    unix = tcp = None
+    unix = tcp = tls = None
     try:
         if transport != "tcp" and SHARED_MEMORY_SUPPORTED:
             unix = _listen_unix(deployment)
         if transport != "shared_memory":
-            tls_context(server=True)  # a missing certificate is the listener's error, not every client's
+            tls = tls_context(server=True)
             tcp = _listen_tcp(tcp_host)
         endpoints = Endpoints(
             node_id=node_id,
@@ -56,7 +56,7 @@ def listen(
             tcp_port=tcp.getsockname()[1] if tcp else 0,
             incarnation=secrets.randbits(63) if incarnation is None else incarnation,
         )
-        return Listener(endpoints, unix, tcp, deployment, secret, limits or LinkLimits())
+        return Listener(endpoints, unix, tcp, tls, deployment, secret, limits or LinkLimits())
     except BaseException:
         for sock in (unix, tcp):
             if sock is not None:
@@ -119,7 +119,7 @@ def _open(
     sock = _dial(medium, endpoints, deadline)
     try:
         if medium == "tcp":
-            sock = wrap(sock, server=False)
+            sock = wrap(sock, tls_context(server=False), server=False)
             shake_tls(sock, deadline)
         peer = prove_as_client(
             sock, secret=secret, deployment=deployment, medium=medium, identity=identity, deadline=deadline

@@ -11,6 +11,7 @@ import os
 import queue
 import selectors
 import socket
+import ssl
 import threading
 import time
 from types import TracebackType
@@ -35,6 +36,7 @@ class Listener:
         endpoints: Endpoints,
         unix: socket.socket | None,
         tcp: socket.socket | None,
+        tls: ssl.SSLContext | None,
         deployment: str,
         secret: bytes,
         limits: LinkLimits,
@@ -45,12 +47,14 @@ class Listener:
         self.last_rejection = ""
         """Why the last of them did."""
         self._identity = Identity(node_id=endpoints.node_id, pid=os.getpid(), incarnation=endpoints.incarnation)
+        self._tls = tls
         self._deployment = deployment
         self._secret = secret
         self._limits = limits
         self._ready: queue.SimpleQueue[Link | None] = queue.SimpleQueue()  # None: closed
         self._lock = threading.Lock()
         self._pending: dict[threading.Thread, socket.socket] = {}  # unfinished handshakes, oldest first
+        self._threads: set[threading.Thread] = set()  # theirs, and those of handshakes that were cut off
         self._closed = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._sockets = {sock: medium for sock, medium in ((unix, "shared_memory"), (tcp, "tcp")) if sock is not None}
@@ -80,10 +84,10 @@ class Listener:
         self._wake_write.close()
         self._thread.join()
         with self._lock:
-            pending = dict(self._pending)
-            for sock in pending.values():
+            for sock in self._pending.values():
                 cut_off(sock)
-        for thread in pending:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join()
         while not self._ready.empty():
             if (link := self._ready.get()) is not None:
@@ -124,8 +128,9 @@ class Listener:
         )
         with self._lock:
             if len(self._pending) >= self._limits.max_pending_handshakes:
-                cut_off(next(iter(self._pending.values())))
+                cut_off(self._pending.pop(next(iter(self._pending))))
             self._pending[thread] = sock
+            self._threads.add(thread)
         thread.start()
 
     def _shake_hands(self, sock: socket.socket, medium: str) -> None:
@@ -134,9 +139,10 @@ class Listener:
         try:
             if medium == "tcp":
                 tune(sock)
-                sock = wrap(sock, server=True)
+                sock = wrap(sock, self._tls, server=True)
                 with self._lock:
-                    self._pending[me] = sock  # wrapping leaves the first socket object empty
+                    if me in self._pending:
+                        self._pending[me] = sock  # wrapping leaves the first socket object empty
                 shake_tls(sock, deadline)
             peer = prove_as_server(
                 sock,
@@ -152,7 +158,8 @@ class Listener:
             self._count_rejection(f"{medium}: {error}")
         finally:
             with self._lock:
-                del self._pending[me]
+                self._pending.pop(me, None)
+                self._threads.discard(me)
 
     def _count_rejection(self, reason: str) -> None:
         with self._lock:

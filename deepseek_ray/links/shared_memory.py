@@ -45,7 +45,7 @@ class SharedMemoryLink(StreamLink):
     def __init__(self, sock: socket.socket, peer: Identity, limits: LinkLimits) -> None:
         super().__init__(Channel(sock), peer, "shared memory", limits)
         self._own: Arena | None = None  # made with the first payload that needs it
-        self._own_slots = SendSlots(limits.num_slots)  # under the state lock
+        self._own_slots = SendSlots(limits.num_slots)  # under the link's lock
         self._theirs: Arena | None = None
         self._their_slots = ReceiveSlots()
         self._descriptors: list[int] = []  # came over the socket, not yet claimed by an ARENA record
@@ -83,7 +83,7 @@ class SharedMemoryLink(StreamLink):
         return arena
 
     def _take_slot(self) -> int:
-        with self._state:
+        with self._lock:
             if not self._own_slots:
                 deadline = time.monotonic() + self._limits.send_timeout_seconds
                 while not self._own_slots:
@@ -151,7 +151,7 @@ class SharedMemoryLink(StreamLink):
         if available < size:
             return 0
         if num_released:
-            with self._state:
+            with self._lock:
                 self._own_slots.give_back(view[start + _RECORD.size : start + _RECORD.size + num_released])
         if with_header:
             frame, payload_bytes = decode_header(

@@ -8,7 +8,6 @@ large frames never wait for each other, and a single thread pays no hand-over.
 from __future__ import annotations
 
 import select
-import selectors
 import threading
 import time
 from abc import abstractmethod
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 
 from deepseek_ray.errors import LinkClosedError, LinkError
 from deepseek_ray.links.base import Link, LinkLimits
-from deepseek_ray.links.channel import Buffer, Channel, Readiness, SocketWait
+from deepseek_ray.links.channel import EVENT_READ, EVENT_WRITE, Buffer, Channel, Readiness, socket_wait
 from deepseek_ray.links.frame import Frame
 from deepseek_ray.links.handshake import Identity
 
@@ -32,7 +31,9 @@ class StreamLink(Link):
         self.peer_incarnation = peer.incarnation
         self._channel = channel
         self._limits = limits
-        self._state = threading.Condition()  # guards everything below up to the blank line
+        self._lock = threading.RLock()  # guards everything below up to the blank line
+        self._moved = threading.Condition(self._lock)  # somebody has read, or the link has failed
+        self._num_waiting = 0
         self._inbox: deque[tuple[Frame, int]] = deque()  # frame, bytes of process memory it keeps
         self._inbox_bytes = 0
         self._reading = False
@@ -43,7 +44,7 @@ class StreamLink(Link):
         self._arrived: list[tuple[Frame, int]] = []  # filled by _read, belongs to the thread that reads
         self._send_lock = threading.Lock()  # one frame at a time
         self._write_lock = threading.Lock()  # one record at a time
-        self._socket_wait = SocketWait(channel)
+        self._socket_wait = socket_wait(channel)
 
     @abstractmethod
     def _read(self) -> None:
@@ -58,7 +59,7 @@ class StreamLink(Link):
 
     def receive(self, timeout: float | None = None) -> Frame | None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._state:
+        with self._lock:
             while not self._inbox:
                 self._raise_failure()
                 if not self._advance(deadline) and not self._inbox:
@@ -70,7 +71,7 @@ class StreamLink(Link):
             return frame
 
     def fileno(self) -> int:
-        with self._state:
+        with self._lock:
             if self._closed:
                 raise LinkClosedError(f"the link to {self.peer} was closed here; it has no descriptor any more")
             if self._readiness is None:
@@ -79,14 +80,14 @@ class StreamLink(Link):
             return self._readiness.fileno()
 
     def close(self) -> None:
-        with self._state:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
         self._fail(LinkClosedError(f"the link to {self.peer} was closed here"))
-        with self._write_lock, self._state:  # shut down, so whoever reads or writes is about to leave
+        with self._write_lock, self._lock:  # shut down, so whoever reads or writes is about to leave
             while self._reading:
-                self._state.wait()
+                self._wait_for_reader(None)
             if self._readiness is not None:
                 self._readiness.close()
                 self._readiness = None
@@ -103,12 +104,12 @@ class StreamLink(Link):
 
     def _fail(self, failure: LinkError) -> None:
         """The link is of no more use: remember the first reason, let the peer see the end, wake up everybody."""
-        with self._state:
+        with self._lock:
             self._failure = self._failure or failure
             self._channel.shut_down()
             if self._readiness is not None:
                 self._show_readiness()
-            self._state.notify_all()
+            self._moved.notify_all()
 
     def _show_readiness(self) -> None:
         assert self._readiness is not None
@@ -118,43 +119,53 @@ class StreamLink(Link):
         """With the lock held: let the socket move once, in this thread or the one that reads. False: time is up."""
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         if self._reading:
-            return self._state.wait(remaining)
+            return self._wait_for_reader(remaining)
         return bool(self._wait_and_read(remaining))
 
     def _advance_sender(self, deadline: float) -> bool:
         """`_advance` for a thread that waits to send: it does not read on while the inbox is full."""
         if not self._reading and self._inbox_bytes > self._limits.max_inbox_bytes:
-            self._state.wait(_RECHECK_SECONDS)
+            self._wait_for_reader(_RECHECK_SECONDS)
             return time.monotonic() < deadline
         return self._advance(deadline)
 
     def _wait_and_read(self, seconds: float | None) -> int:
         """With the lock held, and nobody reading: wait for the socket and read once. The events, 0 when time is up."""
         self._reading = True
-        self._state.release()
+        self._lock.release()
         failure: LinkError | None = None
         events = 0
         try:
             events = self._socket_wait.wait(seconds)
-            if events & selectors.EVENT_WRITE:
+            if events & EVENT_WRITE:
                 self._on_writable()
-            if events & selectors.EVENT_READ:
+            if events & EVENT_READ:
                 self._read()
         except LinkError as error:
             failure = error
         finally:
-            self._state.acquire()
+            self._lock.acquire()
             self._reading = False
             self._take_arrived()
             if failure is not None:
                 self._fail(failure)
-            self._state.notify_all()
+            if self._num_waiting:
+                self._moved.notify_all()
         return events
+
+    def _wait_for_reader(self, seconds: float | None) -> bool:
+        """With the lock held: wait until the thread that reads has done so once. False when time is up."""
+        self._num_waiting += 1
+        try:
+            return self._moved.wait(seconds)
+        finally:
+            self._num_waiting -= 1
 
     def _take_arrived(self) -> None:
         if self._arrived:
-            self._inbox.extend(self._arrived)
-            self._inbox_bytes += sum(private_bytes for _, private_bytes in self._arrived)
+            for item in self._arrived:
+                self._inbox.append(item)
+                self._inbox_bytes += item[1]
             self._arrived.clear()
             if self._readiness is not None:
                 self._show_readiness()
@@ -176,7 +187,7 @@ class StreamLink(Link):
 
     def _wait_writable(self) -> None:
         """Wait a moment for room in the socket; read meanwhile, if nobody does and there is room for what comes."""
-        with self._state:
+        with self._lock:
             self._raise_failure()
             if not self._reading and self._inbox_bytes <= self._limits.max_inbox_bytes:
                 self._socket_wait.watch_output(True)

@@ -90,9 +90,8 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def wrap(sock: socket.socket, server: bool) -> socket.socket:
-    """TLS around a connected socket when Ray's switch is on, else the socket itself. `shake_tls` comes next."""
-    context = tls_context(server)
+def wrap(sock: socket.socket, context: ssl.SSLContext | None, server: bool) -> socket.socket:
+    """TLS around a connected socket if there is a context, else the socket itself. `shake_tls` comes next."""
     return context.wrap_socket(sock, server_side=server, do_handshake_on_connect=False) if context else sock
 
 

@@ -78,6 +78,8 @@ def hf_fields(values: Mapping[str, Any], known: Collection[str], source: str) ->
     fields.update(_rope_fields(values, fields["max_position_embeddings"]))
     if fields.get("quantization_config") is not None:
         fields["quantization_config"] = _fp8_fields(values["quantization_config"])
+    if model_type == "deepseek_v2" and fields.get("norm_topk_prob"):
+        logger.warning("%s: norm_topk_prob is true; like in transformers, the gate of deepseek_v2 ignores it", source)
     unknown = sorted(key for key in values if key not in known and key not in _HARMLESS and not key.startswith("_"))
     if unknown:
         logger.warning("%s: keys that mean nothing here are ignored: %s", source, ", ".join(unknown))

@@ -1,0 +1,166 @@
+"""Processes of a deployment are killed in mid-generation: every request finishes, with the very same tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deepseek_ray.actors.offline import ActorsBackend
+from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.llm import LLM
+from deepseek_ray.messages import GenerateRequest, SamplingParams, TokenEvent
+
+pytestmark = pytest.mark.cluster
+
+PROMPTS = [
+    "def __init__(self, ",
+    "import os\n\nclass Path",
+    "    return",
+    "for line in",
+    "if name ==",
+    "try:\n    ",
+    "# This",
+    '"""Test that',
+]
+NUM_TOKENS = 48
+
+
+def requests_for(backend: ActorsBackend, tag: str) -> list[GenerateRequest]:
+    """Half greedy, half sampled with a seed: both must survive."""
+    assert backend.tokenizer is not None
+    return [
+        GenerateRequest(
+            request_id=f"{tag}-{index}",
+            prompt_token_ids=backend.tokenizer.encode(text),
+            params=params_of(index),
+            deadline_seconds=120,
+        )
+        for index, text in enumerate(PROMPTS)
+    ]
+
+
+def params_of(index: int) -> SamplingParams:
+    temperature = 0.0 if index % 2 == 0 else 0.8
+    return SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS, seed=index, ignore_eos=True)
+
+
+def expected_tokens(model: Path, dtype: str) -> dict[int, list[int]]:
+    with LLM(model, dtype=dtype) as llm:
+        outputs = llm.generate(PROMPTS, [params_of(index) for index in range(len(PROMPTS))])
+    return {index: output.outputs[0].token_ids for index, output in enumerate(outputs)}
+
+
+class Watched:
+    """Runs requests, calls `strike` once after a few tokens of each, and counts tokens on both sides of it."""
+
+    def __init__(self, backend: ActorsBackend, tag: str, strike: Callable[[], None]) -> None:
+        self.before = self.after = 0
+        self.errors: list[str] = []
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.text: dict[int, str] = defaultdict(str)
+        struck = False
+        for event in backend.run(requests_for(backend, tag)):
+            self._take(event)
+            if struck:
+                self.after += len(event.token_ids)
+            else:
+                self.before += len(event.token_ids)
+            if not struck and min((len(self.tokens[index]) for index in range(len(PROMPTS))), default=0) >= 6:
+                struck = True
+                strike()
+
+    def _take(self, event: TokenEvent) -> None:
+        index = int(event.request_id.rsplit("-", 1)[1])
+        if event.error:
+            self.errors.append(event.error)
+        assert event.index == len(self.tokens[index]), "a token was lost or repeated"
+        self.tokens[index] += event.token_ids
+        self.text[index] += event.text
+
+
+def pid_of(backend: ActorsBackend, role: str, id: int = 0) -> int:
+    rows = backend.deployment.status()["actors"]
+    return next(row["pid"] for row in rows if row["role"] == role and row["id"] == id)
+
+
+def restarts_of(backend: ActorsBackend, role: str, id: int = 0) -> int:
+    rows = backend.deployment.status()["actors"]
+    return next(row["restarts"] for row in rows if row["role"] == role and row["id"] == id)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    psutil.Process(pid).wait(timeout=10) if psutil.pid_exists(pid) else None
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def backend(ray_cluster: None, trained_model: Path, dtype: str) -> Iterator[ActorsBackend]:
+    transport = "auto" if dtype == "float32" else "tcp"
+    config = DeploymentConfig(model_dir=str(trained_model), dtype=dtype, transport=transport)
+    backend = ActorsBackend(config)
+    yield backend
+    backend.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(trained_model: Path, dtype: str) -> dict[int, list[int]]:
+    return expected_tokens(trained_model, dtype)
+
+
+def test_actors_give_the_tokens_of_one_process(backend: ActorsBackend, expected: dict[int, list[int]]) -> None:
+    undisturbed = Watched(backend, "calm", strike=lambda: None)
+    assert not undisturbed.errors
+    assert dict(undisturbed.tokens) == expected
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_kill_an_expert_shard(backend: ActorsBackend, expected: dict[int, list[int]], shard: int) -> None:
+    resent = backend.deployment.stats()["attention_worker/0"]["frames_resent"]
+    watched = Watched(backend, f"shard{shard}", lambda: kill(pid_of(backend, "expert_shard", shard)))
+    assert not watched.errors
+    assert watched.before > 0
+    assert watched.after > 0
+    assert dict(watched.tokens) == expected
+    assert restarts_of(backend, "expert_shard", shard) == 1
+    wait_for(lambda: backend.deployment.stats()["attention_worker/0"]["frames_resent"] > resent)
+
+
+def test_kill_the_router(backend: ActorsBackend, expected: dict[int, list[int]]) -> None:
+    watched = Watched(backend, "router", lambda: kill(pid_of(backend, "router")))
+    assert not watched.errors
+    assert watched.before > 0
+    assert watched.after > 0
+    assert dict(watched.tokens) == expected
+    again = Watched(backend, "after-router", strike=lambda: None)
+    assert dict(again.tokens) == expected
+    assert restarts_of(backend, "router") == 1
+
+
+def test_kill_the_attention_worker(backend: ActorsBackend, expected: dict[int, list[int]]) -> None:
+    watched = Watched(backend, "worker", lambda: kill(pid_of(backend, "attention_worker")))
+    assert not watched.errors
+    assert watched.before > 0
+    assert watched.after > 0
+    assert dict(watched.tokens) == expected
+    assert restarts_of(backend, "attention_worker") == 1
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Reports arrive twice a second: look until they did."""
+    import time
+
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true"
+        time.sleep(0.1)

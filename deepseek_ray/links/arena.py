@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 import sys
+from contextlib import suppress
 
 from deepseek_ray.errors import LinkError
 
@@ -23,6 +24,7 @@ class Arena:
     def __init__(self, memory: mmap.mmap, num_slots: int, slot_bytes: int) -> None:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
+        self._memory = memory
         self._view = memoryview(memory)
 
     def slot(self, slot: int, num_bytes: int) -> memoryview:
@@ -37,6 +39,12 @@ class Arena:
             end = start + part.nbytes
             self._view[start:end] = part
             start = end
+
+    def close(self) -> None:
+        """Unmap, unless a view of a slot is still in use; then that happens with the last view."""
+        self._view.release()
+        with suppress(BufferError):
+            self._memory.close()
 
 
 def create_arena(num_slots: int, slot_bytes: int) -> tuple[Arena, int]:

@@ -57,6 +57,7 @@ class SharedMemoryLink(StreamLink):
         check_payload_bytes(payload_bytes, self._limits.max_payload_bytes)
         header = encode_header(frame, payload_bytes)
         with self._send_lock:
+            self._raise_failure()
             if payload_bytes <= self._limits.inline_bytes:
                 self._write_record(_INLINE, 0, payload_bytes, header, parts)
             else:
@@ -210,8 +211,10 @@ class SharedMemoryLink(StreamLink):
         self._their_slots.open(num_slots)
 
     def _free(self) -> None:
-        self._own = self._theirs = None
-        self._split = None
+        for arena in (self._own, self._theirs):
+            if arena is not None:
+                arena.close()
+        self._own = self._theirs = self._split = None
         while self._descriptors:
             os.close(self._descriptors.pop())
 

@@ -85,7 +85,7 @@ class StreamLink(Link):
                 return
             self._closed = True
         self._fail(LinkClosedError(f"the link to {self.peer} was closed here"))
-        with self._write_lock, self._lock:  # shut down, so whoever reads or writes is about to leave
+        with self._send_lock, self._write_lock, self._lock:  # shut down, so whoever is inside is about to leave
             while self._reading:
                 self._wait_for_reader(None)
             if self._readiness is not None:
@@ -96,7 +96,7 @@ class StreamLink(Link):
             self._free()
 
     def _free(self) -> None:
-        """Let go of what the medium holds; called once, with nobody reading or writing."""
+        """Let go of what the medium holds; called once, with nobody sending or receiving."""
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -53,7 +53,10 @@ def tree(tmp_path: Path) -> DataConfig:
 
 
 def test_blocks_hold_every_document_in_order(tree: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "TASK_BYTES", 4096)  # many tasks, so that order is not luck
+    # Many tasks, the first of them by far the longest: the others are done before it.
+    monkeypatch.setattr(ingest, "TASK_BYTES", 32_768)
+    first = Path(tree.paths[0], "package0", "module0.py")
+    first.write_text("# a long file ends late\n" * 40_000)
     prepared = prepare_data(tree)
     assert (prepared.num_files, prepared.num_skipped, prepared.skipped) == (61, 1, ("latin.py",))
     tokenizer = Tokenizer.from_dir(prepared.tokenizer_dir)

@@ -33,7 +33,7 @@ CHAT_TEMPLATE = """{% if not add_generation_prompt is defined %}{% set add_gener
 {{ bos_token }}{% for message in messages %}
     {% if message['role'] == 'system' %}
         {% set ns.system = ns.system + message['content'] %}
-{{ ns.system }}
+{{ ns.system }}{% if message['name'] is defined %} named {{ message['name'] }}{% endif %}
     {%- elif message['role'] == 'user' %}<｜User｜>{{ message['content'] | trim }}
     {%- elif message['role'] == 'assistant' %}
         {%- generation %}<｜Assistant｜>{{ message['content'] }}{{ eos_token }}{% endgeneration %}

@@ -159,9 +159,7 @@ def test_sharded_equals_single(tmp_path: Path) -> None:
     assert all(torch.equal(many.tensor(name), one.tensor(name)) for name in one.names)
 
 
-@pytest.mark.parametrize(
-    "file", ["../one/model.safetensors", "/etc/passwd", "..", "sub/model.safetensors", "model.bin"]
-)
+@pytest.mark.parametrize("file", ["../one/model.safetensors", "/etc/passwd", "..", "sub/a.safetensors", "a.bin"])
 def test_index_paths_never_leave_the_directory(tmp_path: Path, file: str) -> None:
     directory = sharded(tmp_path)
     index = directory / "model.safetensors.index.json"

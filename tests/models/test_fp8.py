@@ -87,7 +87,7 @@ def test_model_equals_the_one_of_the_dequantised_weights(
 def test_missing_and_misshapen_scales_are_named(quantised: tuple[Path, dict[str, Tensor]]) -> None:
     directory, truth = quantised
     name = "model.layers.1.mlp.experts.2.down_proj.weight"
-    stored = {name: weight for name, weight in truth.items()}
+    stored = dict(truth)
     stored[name] = stored[name].to(torch.float8_e4m3fn)
     write_safetensors(directory / "model.safetensors", list(stored.items()))
     with pytest.raises(CheckpointError, match=f"{name} is FP8 and has no {name}_scale_inv"):

@@ -12,9 +12,9 @@ from torch import Tensor
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.nn.gate import Gate, choose_experts, gate_scores, select_experts
 
-V2 = {"model_type": "deepseek_v2", "q_lora_rank": None}
+V2 = {"model_type": "deepseek_v2", "q_lora_rank": None, "num_experts_per_tok": 3}
 GATES: dict[str, dict[str, Any]] = {
-    "greedy": {**V2, "n_group": 1, "num_experts_per_tok": 3, "routed_scaling_factor": 1.0},
+    "greedy": {**V2, "n_group": 1, "routed_scaling_factor": 1.0},
     "group_limited": {
         **V2,
         "topk_method": "group_limited_greedy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ray import serve
 from ray.serve.config import BackpressureConfig
@@ -24,19 +25,25 @@ def api_limits(config: DeploymentConfig) -> ApiLimits:
     )
 
 
-def build_app(config: DeploymentConfig, start_deployment: bool = False) -> serve.Application:
+def build_app(
+    config: DeploymentConfig, start_deployment: bool = False, node_id: str | None = None
+) -> serve.Application:
     """The OpenAI API for the deployment `config.name`.
 
     With `start_deployment` the application starts the deployment and ends it when it is deleted; otherwise it joins a
-    running one. One ingress: the streams it holds are the only ones that break when it dies.
+    running one. `node_id` keeps the ingress, and with it a proxy, on one node: the one that can reach a loopback
+    address. One ingress: the streams it holds are the only ones that break when it dies.
     """
     limits = api_limits(config)
+    options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}}
+    if node_id is not None:
+        options["label_selector"] = {"ray.io/node-id": node_id}
     ingress = serve.deployment(
         name="openai",
         max_ongoing_requests=limits.max_concurrent_requests + _UNCOUNTED_REQUESTS,
         max_queued_requests=_UNCOUNTED_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}},
+        ray_actor_options=options,
     )(OpenAIIngress)
     if not start_deployment:
         return ingress.bind(config.name, limits)

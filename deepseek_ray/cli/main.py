@@ -1,0 +1,67 @@
+"""`deepseek-ray`: the commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from deepseek_ray import __version__
+from deepseek_ray.cli.chat import chat
+from deepseek_ray.cli.complete import complete
+from deepseek_ray.cli.doctor import doctor
+from deepseek_ray.cli.serve import serve
+from deepseek_ray.cli.status import status
+from deepseek_ray.errors import DeepSeekRayError
+
+_HELP = """Train, search and serve DeepSeek-style mixture-of-experts models on Ray.
+
+[bold]Examples[/bold]
+
+  deepseek-ray doctor\n
+  deepseek-ray serve runs/quickstart/model --port 8000\n
+  deepseek-ray chat http://127.0.0.1:8000
+"""
+
+app = typer.Typer(
+    name="deepseek-ray",
+    help=_HELP,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+app.command()(status)
+app.command()(chat)
+app.command()(complete)
+app.command()(doctor)
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"deepseek-ray {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 an error of ours in one line on stderr, 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except DeepSeekRayError as error:
+        print(f"deepseek-ray: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # `deepseek-ray complete ... | head`
+        sys.stderr.close()
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""`deepseek-ray serve`: a model behind the OpenAI API, until a signal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deepseek_ray.config.engine import DeploymentConfig, EngineConfig
+
+if TYPE_CHECKING:
+    from deepseek_ray.serving.server import ModelServer
+
+_CHECK_SECONDS = 2.0
+
+
+def _default(name: str) -> Any:
+    return DeploymentConfig.model_fields[name].default
+
+
+def serve(
+    model_dir: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL_DIR", help="Checkpoint in the Hugging Face layout, with its tokenizer files."),
+    ],
+    attention_workers: Annotated[int, typer.Option(help="Processes that own attention and KV cache.")] = _default(
+        "attention_workers"
+    ),
+    expert_shards: Annotated[int, typer.Option(help="Processes that share the routed experts.")] = _default(
+        "expert_shards"
+    ),
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _default("dtype"),
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name clients use.", show_default="the directory's name")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the deployment on its cluster.")] = _default("name"),
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join.", show_default="RAY_ADDRESS, else a new local cluster")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Cores the whole engine may use.", show_default="all of them")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest prompt + output in tokens.", show_default="the model's own")
+    ] = None,
+    kv_cache_bytes: Annotated[
+        int | None, typer.Option(help="Bytes of KV cache of each attention worker.", show_default="as needed, <= 1 GiB")
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(help="How long running requests may finish after a signal.", min=0)
+    ] = 30.0,
+) -> None:
+    """Serve a model behind the OpenAI API.
+
+    Prints [bold]ready http://HOST:PORT/v1[/bold] when it can generate. SIGTERM or Ctrl-C lets running requests finish
+    and ends every process; a second one does not wait.
+
+    [bold]Examples[/bold]
+
+      deepseek-ray serve runs/quickstart/model\n
+      deepseek-ray serve ./DeepSeek-V2-Lite-Chat --expert-shards 4 --served-model-name v2-lite\n
+      deepseek-ray serve ./model --address 10.0.0.1:6379 --host 0.0.0.0 --name second --port 8001
+    """
+    config = DeploymentConfig.parse(
+        {
+            "name": name,
+            "model_dir": str(model_dir.absolute()),
+            "served_model_name": served_model_name,
+            "dtype": dtype,
+            "attention_workers": attention_workers,
+            "expert_shards": expert_shards,
+            "threads": threads,
+            "engine": EngineConfig.parse({"max_model_len": max_model_len, "kv_cache_bytes": kv_cache_bytes}, "serve"),
+        },
+        "serve",
+    )
+    # What can be wrong is found before Ray is even imported.
+    from deepseek_ray.serving.claim import ServerClaim
+    from deepseek_ray.serving.model_dir import check_model_dir
+    from deepseek_ray.serving.port import is_loopback
+
+    check_model_dir(model_dir)
+    claim = ServerClaim(name, host, port, address)
+    if not is_loopback(host):
+        _say(f"warning: {host} is reachable from other machines and the API asks for no key; put a proxy in front")
+    from deepseek_ray.serving.server import ModelServer
+
+    _run(ModelServer(config, claim), drain_seconds)
+
+
+def _run(server: ModelServer, drain_seconds: float) -> None:
+    signals = _Signals()
+    signals.catch()
+    try:
+        _say("connecting to Ray")
+        server.connect()
+        signals.catch()  # once more: ray.init has installed handlers of its own
+        server.start(_say)
+        signals.may_wait = True
+        print(f"ready {server.url}", flush=True)
+        while not signals.received.wait(_CHECK_SECONDS):
+            server.check()
+        _say(f"stopping; running requests have {drain_seconds:g} s")
+        server.stop(drain_seconds)
+    except _StopNowError:
+        _say("stopping at once")
+    finally:
+        server.stop()
+
+
+class _StopNowError(BaseException):
+    """A signal came while there was nothing to drain, or the second one came."""
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first one asks for an orderly end, the second one insists."""
+
+    def __init__(self) -> None:
+        self.received = threading.Event()
+        self.may_wait = False
+        """True once there are requests to drain."""
+
+    def catch(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        is_first = not self.received.is_set()
+        self.received.set()
+        if not (is_first and self.may_wait):
+            raise _StopNowError
+
+
+def _say(text: str) -> None:
+    """Progress goes to stderr: stdout holds the ready line alone."""
+    print(f"deepseek-ray: {text}", file=sys.stderr, flush=True)

@@ -351,6 +351,17 @@ def test_tls_carries_frames_both_ways_at_once(link_pair: Pair) -> None:
 
 
 @pytest.mark.usefixtures("certificates")
+def test_bytes_that_tls_holds_back_are_not_forgotten(link_pair: Pair) -> None:
+    """Header and payload are 80 bytes more than one read takes; the rest is decrypted, and the socket is empty."""
+    client, server = link_pair("tcp")
+    payload = random.Random(0).randbytes(1 << 16)
+    client.send(Frame(FrameKind.EXPERT_CALL, payload))
+    frame = server.receive(10)
+    assert frame is not None
+    assert frame.payload == payload
+
+
+@pytest.mark.usefixtures("certificates")
 def test_with_tls_on_a_plain_client_is_refused(serve: Serve, secret: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = serve("tcp")
     with dial(listener.endpoints, "tcp") as silent:  # must not hold up anything either, closing included

@@ -151,17 +151,19 @@ def test_small_messages_into_a_full_socket_while_the_peer_does_the_same(link_pai
 
 
 def test_releases_reach_a_peer_whose_socket_was_full(link_pair: Pair) -> None:
-    """The reader's first notices find no room, because the sender has not read for long; they go out later."""
+    """All notices found no room, because the sender had not read for long; once it reads, they must go out."""
     client, server = link_pair("shared_memory", slot_bytes=4096, num_slots=4, send_timeout_seconds=5)
     nothing_released = shared_memory._RECORD.pack(shared_memory._RELEASE, 0, 0, 0)
     while server._channel.write([nothing_released]):
         pass
-    payload = noise(1 << 20)
+    for _ in range(4):
+        client.send(Frame(FrameKind.EXPERT_CALL, bytes(4096)))
+    for _ in range(4):
+        take(server).release()
     with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(client.send, Frame(FrameKind.EXPERT_CALL, payload))
-        with take(server) as frame:
-            assert frame.payload == payload
-        sending.result(20)
+        receiving = pool.submit(take, server)
+        client.send(Frame(FrameKind.EXPERT_CALL, noise(4096)))  # out of slots: waits, and so reads
+        assert receiving.result(20).payload == noise(4096)
 
 
 def test_a_payload_lies_still_until_it_is_released(link_pair: Pair) -> None:

@@ -6,6 +6,7 @@ killed anywhere and starts again has the curve of an undisturbed one: bit for bi
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ from deepseek_ray.training.state import (
     write_checkpoint,
 )
 from deepseek_ray.training.step import TrainStep, trains_mtp
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS_DIR = "checkpoints"
 _REPORTED = ("step", "loss", "validation_loss", "validation_bits_per_byte", "tokens_per_second")
@@ -109,6 +112,7 @@ class _Run:
         if checkpoint is not None:
             rng = restore_trainer(checkpoint, model, optimizer)
             restore_rng_state(rng, ranks, config.training.seed, step)
+            logger.info("going on after step %d of %d from %s", step, config.total_steps, checkpoint)
         return cls(
             config=config,
             run_dir=run_dir,

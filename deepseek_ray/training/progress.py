@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from deepseek_ray.training.metrics import METRICS_FILE, read_metrics
 
+LOG_FILE = "train.log"
+
 _POLL_SECONDS = 0.25
 _BAR_WIDTH = 24
 
@@ -24,7 +26,6 @@ class ProgressLine:
         self._total = total_steps
         self._interval = log_interval_seconds
         self._is_terminal = stream.isatty()
-        self._last_step = 0
         self._last_print = float("-inf")
         self._drawn = 0
 
@@ -32,9 +33,6 @@ class ProgressLine:
         """Take the metrics of one step; print what is due. `now` is a monotonic time in seconds."""
         now = time.monotonic() if now is None else now
         step = int(values["step"])
-        if step <= self._last_step:
-            self.note(f"resumed after step {step - 1}")
-        self._last_step = step
         validated = "validation_loss" in values
         if self._is_terminal:
             self._draw(f"{self._bar(step)} {describe(values, self._total)}", keep=validated)
@@ -80,27 +78,27 @@ def describe(values: dict[str, Any], total_steps: int) -> str:
     return "  ".join(parts)
 
 
-class MetricsFollower:
-    """Calls `on_step` with every new line of a run's `metrics.jsonl`, from a thread of its own, until closed."""
+class RunFollower:
+    """Reads a run's `metrics.jsonl` and `train.log` from a thread of its own while workers write them, until closed.
 
-    def __init__(self, directory: Path, on_step: Callable[[dict[str, Any]], None]) -> None:
-        self._path = directory / METRICS_FILE
-        self._on_step = on_step
-        self._offset, self._identity = 0, -1
-        self._last_time = float("-inf")
-        self._skip_to_end()
+    Calls `on_step` with every new line of metrics and `on_note` with every new line of the log.
+    """
+
+    def __init__(
+        self, directory: Path, on_step: Callable[[dict[str, Any]], None], on_note: Callable[[str], None]
+    ) -> None:
+        self._metrics, self._log = _Tail(directory / METRICS_FILE), _Tail(directory / LOG_FILE)
+        self._on_step, self._on_note = on_step, on_note
+        self._last_time = max((line["time"] for line in read_metrics(directory)), default=float("-inf"))
+        self._log.skip_to_end()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="metrics-follower", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="run-follower", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Deliver what is left in the file and stop."""
+        """Deliver what is left in the files and stop."""
         self._stop.set()
         self._thread.join()
-
-    def _skip_to_end(self) -> None:
-        """Lines of an earlier start of the run are not news."""
-        self._last_time = max((line["time"] for line in read_metrics(self._path.parent)), default=self._last_time)
 
     def _follow(self) -> None:
         while not self._stop.wait(_POLL_SECONDS):
@@ -108,22 +106,40 @@ class MetricsFollower:
         self._deliver()
 
     def _deliver(self) -> None:
+        for line in self._log.new_lines():
+            self._on_note(line)
+        for line in self._metrics.new_lines():
+            values = json.loads(line)
+            if values["time"] > self._last_time:  # a resume rewrites the file: the lines it kept are not news
+                self._last_time = values["time"]
+                self._on_step(values)
+
+
+class _Tail:
+    """Reads what was added to a file since the last look; all of it again when the file was replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset, self._identity = 0, -1
+
+    def skip_to_end(self) -> None:
+        if self._path.exists():
+            status = self._path.stat()
+            self._offset, self._identity = status.st_size, status.st_ino
+
+    def new_lines(self) -> list[str]:
         try:
             with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._identity:  # new, or rewritten by a resume: old lines are told by their time
-                    self._offset, self._identity = 0, status.st_ino
+                identity = os.fstat(file.fileno()).st_ino
+                if identity != self._identity:
+                    self._offset, self._identity = 0, identity
                 file.seek(self._offset)
                 content = file.read()
         except FileNotFoundError:
-            return
+            return []
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
-            values = json.loads(line)
-            if values["time"] > self._last_time:
-                self._last_time = values["time"]
-                self._on_step(values)
+        return whole.decode(errors="replace").splitlines()
 
 
 def _clock(seconds: float) -> str:

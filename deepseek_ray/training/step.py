@@ -183,7 +183,7 @@ def _in_parallel(model: DeepSeekForCausalLM, ranks: Ranks) -> nn.Module:
 def _not_finite(step: int, loss: float, norm: float, rate: float) -> TrainingError:
     what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     return TrainingError(
-        f"step {step}: {what} at learning rate {rate:.3g}; the weights were left as they were and the last checkpoint "
-        "is intact. Start the run again with a lower optimizer.lr, more schedule.warmup_steps or a lower "
-        "training.clip_grad_norm (and precision fp32 if it is bf16): it resumes from that checkpoint"
+        f"step {step}: {what} at learning rate {rate:.3g}; the weights were left as they were, saved checkpoints are "
+        "intact. Start the run again with a lower optimizer.lr, more schedule.warmup_steps or a lower "
+        "training.clip_grad_norm (and precision fp32 if it is bf16): it resumes from the newest checkpoint"
     )

@@ -26,7 +26,7 @@ from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.data.prepare import PreparedData, prepare_data
 from deepseek_ray.errors import ConfigError, TrainingError
 from deepseek_ray.training.loop import train
-from deepseek_ray.training.progress import MetricsFollower, ProgressLine
+from deepseek_ray.training.progress import LOG_FILE, ProgressLine, RunFollower
 from deepseek_ray.training.ranks import Ranks, is_users_error
 from deepseek_ray.training.resources import NodeResources, WorkerResources, plan_workers
 from deepseek_ray.training.result import PretrainResult
@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout) -> PretrainRes
         data = prepare_data(config.data)
         progress = ProgressLine(stream, config.total_steps)
         progress.note(_headline(config, workers, data))
-        follower = MetricsFollower(run_dir, progress.show)
+        follower = RunFollower(run_dir, progress.show, progress.note)
         try:
             outcome = _fit(config, run_dir, workers, data)
         finally:
@@ -113,9 +113,10 @@ def _run_worker(values: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
     torch.set_num_threads(values["threads"])
-    config = PretrainConfig.parse(values["config"])
+    config, run_dir = PretrainConfig.parse(values["config"]), Path(values["run_dir"])
     try:
-        result = train(config, Path(values["run_dir"]), values["data"], ranks, on_checkpoint=ray.train.report)
+        with _logging_to(run_dir / LOG_FILE if ranks.is_first else None):
+            result = train(config, run_dir, values["data"], ranks, on_checkpoint=ray.train.report)
     except Exception as error:
         if not is_users_error(error):
             raise
@@ -153,11 +154,34 @@ def _connected() -> Iterator[None]:
         yield
         return
     address = None if "RAY_ADDRESS" in os.environ else "local"
-    ray.init(address=address, include_dashboard=False if address else None, logging_level=logging.WARNING)
+    # The workers' own words reach the driver through train.log; Ray's libraries write much that is no news to a person.
+    ray.init(
+        address=address,
+        include_dashboard=False if address else None,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _logging_to(path: Path | None) -> Iterator[None]:
+    """This project's log messages, from "info" on, into the run's log file; the driver shows them."""
+    if path is None:
+        yield
+        return
+    logger, handler = logging.getLogger("deepseek_ray"), logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 @contextmanager

@@ -164,7 +164,9 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(
     tmp_path: Path, data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop.TrainStep, "_update", _poisoned(loop.TrainStep._update))
-    with pytest.raises(TrainingError, match=r"step 6: the loss is nan at learning rate .*resumes from that checkpoint"):
+    with pytest.raises(
+        TrainingError, match=r"step 6: the loss is nan at learning rate .*resumes from the newest checkpoint"
+    ):
         train(small_config(), tmp_path, data, Ranks())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]

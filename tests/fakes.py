@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import tokenizers
 import torch
@@ -89,6 +91,16 @@ BYTE_EOS = 256
 
 def byte_tokenizer() -> Tokenizer:
     """One token per byte (id = byte), `<eos>` 256 and four more special tokens: as many ids as `FakeShape` has."""
+    return Tokenizer(_byte_backend(), {"eos_token": "<eos>"}, [BYTE_EOS], None, "byte tokenizer of the tests")
+
+
+def write_byte_tokenizer(directory: Path) -> None:
+    """The files of `byte_tokenizer`, beside a checkpoint."""
+    _byte_backend().save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+
+
+def _byte_backend() -> tokenizers.Tokenizer:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     vocab = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -96,7 +108,7 @@ def byte_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>", "<a>", "<b>", "<c>", "<d>"])
-    return Tokenizer(backend, {"eos_token": "<eos>"}, [BYTE_EOS], None, "byte tokenizer of the tests")
+    return backend
 
 
 @dataclass

@@ -79,7 +79,7 @@ class Scheduler:
         """Decide the next step. Nothing counts as computed until `advance(step)`: a failed step can be tried again."""
         step = ScheduledStep()
         budget = self._schedule_running(step)
-        if not step.preempted:  # else the freed blocks would go to newcomers and the next step would preempt again
+        if not step.preempted:  # what was freed is for those that run; admitting now would preempt again
             self._schedule_waiting(step, budget)
         return step
 

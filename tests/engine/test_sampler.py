@@ -82,6 +82,7 @@ def test_edges_of_the_filters() -> None:
     assert np.count_nonzero(weights([1.0, 1.0], min_p=1.0)) == 2
     for unlimited in ({"top_k": 0}, {"top_k": -1}, {"top_k": 4}, {"top_k": 99}, {"top_p": 1.0}, {"min_p": 0.0}):
         assert np.count_nonzero(weights(logits, **unlimited)) == 4
+    assert np.flatnonzero(weights([0.0, 0.0], top_p=0.5)).tolist() == [0], "one of two equals is exactly half"
     # 0.5, 0.25, 0.125, 0.125: three quarters are reached by two tokens, a little more takes a third
     halves = np.log([0.5, 0.25, 0.125, 0.125])
     assert np.count_nonzero(weights(halves, top_p=0.7499)) == 2

@@ -176,15 +176,16 @@ class DeepSeekForCausalLM(nn.Module):
         """One multi-token-prediction layer over the hidden states of the depth before it.
 
         hidden: [B, S, H], `ModelOutput.hidden` of the main model (depth 0) or of depth - 1; input_ids: [B, S], where
-        input_ids[:, i] is the last token that hidden[:, i] has seen; document_ids and positions are input_ids' own.
-        Place i of the result, which has S - 1 places, joins hidden[:, i] with the embedding of input_ids[:, i + 1] and
-        predicts the token after that; its document is that of input_ids[:, i + 1].
+        input_ids[:, i] is the last token that hidden[:, i] has seen; positions are input_ids' own. Place i of the
+        result, which has S - 1 places, joins hidden[:, i] with the embedding of input_ids[:, i + 1] and predicts the
+        token after that. document_ids: [B, S], of hidden: the places that join two documents then stay with the first,
+        at its end, where no other place sees them.
         """
         layer = self.mtp[depth]
         assert isinstance(layer, MTPLayer)
         next_ids = input_ids[:, 1:]
         rotation = self._rotation(next_ids, None if positions is None else positions[:, 1:])
-        mask = None if document_ids is None else document_mask(document_ids[:, 1:])
+        mask = None if document_ids is None else document_mask(document_ids[:, :-1])
         hidden, gate = self._run(layer, layer.combine(next_ids, hidden[:, :-1]), rotation, mask)
         hidden = layer.shared_head.norm(hidden)
         return ModelOutput(layer.shared_head.head(hidden), hidden, () if gate is None else (gate,))
@@ -194,7 +195,7 @@ class DeepSeekForCausalLM(nn.Module):
     ) -> tuple[ModelOutput, ...]:
         outputs: list[ModelOutput] = []
         for depth in range(len(self.mtp)):
-            documents = None if document_ids is None else document_ids[:, depth:]
+            documents = None if document_ids is None else document_ids[:, : document_ids.shape[1] - depth]
             places = None if positions is None else positions[:, depth:]
             outputs.append(self.mtp_forward(hidden, input_ids[:, depth:], documents, places, depth))
             hidden = outputs[-1].hidden

@@ -97,14 +97,17 @@ def test_prediction_sees_no_further_than_the_next_token() -> None:
     assert (before[:, 7] - after[:, 7]).abs().max() > 1e-2, "place 7 reads token 8"
 
 
-def test_documents_stay_apart() -> None:
-    """The layer's places belong to the document of the token they embed; the place that joins two is nobody's."""
-    model = model_with_mtp(1)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_packed_documents_equal_documents_alone(depth: int) -> None:
+    """At every depth a document predicts what it would alone; the places that join two of them are seen by nobody."""
+    model = model_with_mtp(2)
     documents = torch.tensor([[0] * 6 + [1] * 8] * 2)
     with torch.no_grad():
-        packed = model(IDS, document_ids=documents, with_mtp=True).mtp[0].logits
-        first = model(IDS[:, :6], with_mtp=True).mtp[0].logits
-    torch.testing.assert_close(packed[:, :5], first, rtol=1e-3, atol=1e-4)
+        packed = model(IDS, document_ids=documents, with_mtp=True).mtp[depth].logits
+        for start, stop in ((0, 6), (6, 14)):
+            alone = model(IDS[:, start:stop], with_mtp=True).mtp[depth].logits
+            inside = slice(start, stop - 1 - depth)
+            torch.testing.assert_close(packed[:, inside], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_round_trip_writes_the_shared_copies(tmp_path: Path) -> None:

@@ -36,6 +36,18 @@ def test_reference_reader_reads_every_byte(tmp_path: Path) -> None:
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
+def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
+    """Readers map the file; a float32 bias after an odd number of bfloat16 values would be misaligned."""
+    config = tiny_config(n_routed_experts=6, hidden_size=36, kv_lora_rank=15)
+    save_checkpoint(tmp_path, config, random_tensors(config).items(), dtype=torch.bfloat16)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    for name, entry in json.loads(raw[8 : 8 + length]).items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % {"F32": 4, "BF16": 2}[entry["dtype"]] == 0, name
+
+
 def test_dtype_is_stored_and_said_but_correction_biases_stay_float32(tmp_path: Path) -> None:
     config = tiny_config()
     save_checkpoint(tmp_path, config, random_tensors(config).items(), dtype=torch.bfloat16)

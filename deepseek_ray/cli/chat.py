@@ -32,7 +32,7 @@ def chat(
         str | None, typer.Argument(metavar="[MESSAGE]", help="One message to answer.", show_default="a conversation")
     ] = None,
     system: Annotated[str | None, typer.Option(help="Instructions before the conversation.")] = None,
-    max_tokens: MaxTokens = 512,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     seed: Seed = None,

@@ -100,7 +100,10 @@ def _run(server: ModelServer, drain_seconds: float) -> None:
     signals.catch()
     try:
         _say("connecting to Ray")
-        server.connect()
+        try:
+            server.connect()
+        except SystemExit:  # how ray.init's own handler answers SIGTERM
+            raise _StopNowError from None
         signals.catch()  # once more: ray.init has installed handlers of its own
         server.start(_say)
         signals.may_wait = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import httpx
 
 Message = dict[str, str]
+_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/v1)?/?")
 
 
 class TextSource(Protocol):
@@ -27,9 +29,11 @@ class TextSource(Protocol):
 
 
 def open_source(target: str, dtype: str, threads: int | None) -> TextSource:
-    """`target` is http(s)://..., or a model directory; `dtype` and `threads` count for the latter."""
+    """`target` is http(s)://..., host:port, or a model directory; `dtype` and `threads` count for the last."""
     if target.startswith(("http://", "https://")):
         return ServerSource(target)
+    if _HOST_AND_PORT.fullmatch(target) and not Path(target).exists():
+        return ServerSource(f"http://{target}")
     return LocalSource(Path(target), dtype, threads)
 
 

@@ -134,15 +134,13 @@ class SharedMemoryLink(StreamLink):
         self._descriptors += descriptors
         self._buffer.filled += count
         start = 0
-        while size := self._read_record(start):
+        while self._buffer.filled - start >= _RECORD.size and (size := self._read_record(start)):
             start += size
         self._buffer.drop(start)
 
     def _read_record(self, start: int) -> int:
-        """Handle the record at `start` of the buffer; its size, or 0 when it is not all there yet."""
+        """Handle the record whose prefix is at `start` of the buffer; its size, or 0 when it is not all there yet."""
         view, available = self._buffer.view, self._buffer.filled - start
-        if available < _RECORD.size:
-            return 0
         kind, num_released, slot, num_bytes = _RECORD.unpack_from(view, start)
         with_header = kind in (_INLINE, _SLOT)
         payload_start = _RECORD.size + num_released + (HEADER_BYTES if with_header else 0)

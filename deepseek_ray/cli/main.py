@@ -11,6 +11,7 @@ from deepseek_ray import __version__
 from deepseek_ray.cli.chat import chat
 from deepseek_ray.cli.complete import complete
 from deepseek_ray.cli.doctor import doctor
+from deepseek_ray.cli.quickstart import quickstart
 from deepseek_ray.cli.serve import serve
 from deepseek_ray.cli.status import status
 from deepseek_ray.errors import DeepSeekRayError
@@ -19,6 +20,7 @@ _HELP = """Train, search and serve DeepSeek-style mixture-of-experts models on R
 
 [bold]Examples[/bold]
 
+  deepseek-ray quickstart\n
   deepseek-ray doctor\n
   deepseek-ray serve runs/quickstart/model --port 8000\n
   deepseek-ray chat http://127.0.0.1:8000
@@ -33,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(quickstart)
 app.command()(serve)
 app.command()(status)
 app.command()(chat)

@@ -40,7 +40,7 @@ def quickstart(
     from deepseek_ray.config.load import load_pretrain_config
     from deepseek_ray.training.trainer import pretrain
 
-    run = load_pretrain_config(config, set_ or [])
+    run = load_pretrain_config(config, [f"storage_path={Path.cwd() / 'runs'}", *(set_ or [])])
     _step(1, "a local Ray cluster")
     cluster = join_or_start()
     print(f"  running at {cluster.address}")
@@ -163,5 +163,5 @@ def _next_commands(model_dir: Path) -> list[str]:
     return [
         f"deepseek-ray serve {shown}                      # the same server, until Ctrl-C",
         f"deepseek-ray complete {shown} 'def main('       # one completion in this terminal, without a server",
-        "python jobs/pretrain.py --config configs/quickstart.yaml --set training.steps=2000   # resumes and goes on",
+        "python jobs/pretrain.py --config configs/tiny.yaml   # your own run: change the YAML or add --set key=value",
     ]

@@ -21,9 +21,8 @@ def plot_loss_curve(metrics: Metrics, path: Path, baselines: Mapping[str, float]
     axes = figure.add_subplot()
     tokens = tokens_seen(metrics)
     axes.plot(tokens, [line["loss"] for line in metrics], linewidth=1, color="tab:blue", label="training")
-    validated = [
-        (seen, line["validation_loss"]) for seen, line in zip(tokens, metrics, strict=True) if is_validated(line)
-    ]
+    pairs = zip(tokens, metrics, strict=True)
+    validated = [(seen, line["validation_loss"]) for seen, line in pairs if is_validated(line)]
     if validated:
         axes.plot(*zip(*validated, strict=True), "o-", color="tab:orange", label="validation")
     for (name, value), style in zip((baselines or {}).items(), ("--", ":", "-."), strict=False):

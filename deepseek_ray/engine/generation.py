@@ -55,8 +55,8 @@ class Generation:
         )
         logprobs = None if params.logprobs is None else [describe_choice(logits, token_id, params.logprobs)]
         index = sequence.num_output_tokens
-        sequence.append(token_id)
         text, finish = self._output.push(token_id)
+        sequence.append(token_id)  # last: what failed above has added nothing
         return TokenEvent(
             request_id=self.request.request_id,
             attempt=self.request.attempt,

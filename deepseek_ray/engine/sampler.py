@@ -17,7 +17,7 @@ from deepseek_ray.messages import SamplingParams, TokenLogprob
 
 Floats = NDArray[np.float64]
 _FIRST_NUCLEUS = 256
-"""Most likely tokens that top-p sorts at first; nearly always enough, and sorting a whole vocabulary takes 10 ms."""
+"""Most likely tokens that top-p sorts at first; mostly enough, and sorting a whole vocabulary takes 10 ms."""
 
 
 def choose_token(
@@ -115,11 +115,13 @@ def describe_choice(logits: NDArray[np.float32], token_id: int, num_top: int) ->
 def _nucleus(weights: Floats, top_p: float) -> Floats:
     """Keep the most likely tokens until they hold `top_p` of the weight (the one that reaches it included)."""
     wanted = top_p * weights.sum()
-    for num_sorted in (min(_FIRST_NUCLEUS, weights.size), weights.size):
+    num_sorted = _FIRST_NUCLEUS
+    while True:
         order = _largest(weights, num_sorted)
         cumulative = np.cumsum(weights[order])
-        if cumulative[-1] >= wanted:
+        if cumulative[-1] >= wanted or num_sorted >= weights.size:
             break
+        num_sorted *= 8
     kept = order[: 1 + np.count_nonzero(cumulative < wanted)]
     nucleus = np.zeros_like(weights)
     nucleus[kept] = weights[kept]

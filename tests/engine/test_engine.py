@@ -387,6 +387,7 @@ def test_whatever_fails_in_one_request_ends_it_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(StopStrings, "push", broken)
     results = run_to_end(make_engine(), [make_request("good"), make_request("bad", stop="x")])
     assert (results["bad"].finish_reason, results["bad"].error_kind) == ("error", "ZeroDivisionError")
+    assert results["bad"].events[0].index == 0, "no token was given"
     assert len(results["good"].token_ids) == 20
 
 

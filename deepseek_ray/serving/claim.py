@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from deepseek_ray.serving.port import ReservedPort, is_loopback
-from deepseek_ray.serving.state_file import StateFile
+from deepseek_ray.serving.state_file import StateFile, state_directory
 
 
 class ServerClaim:
@@ -27,7 +27,7 @@ class ServerClaim:
     def reserve_port(self) -> None:
         """Once it is clear that Serve is to be started; of a joined cluster only a loopback address is surely ours."""
         if self._reserved is None and (not self.address or is_loopback(self.host)):
-            self._reserved = ReservedPort(self.host, self.port)
+            self._reserved = ReservedPort(self.host, self.port, state_directory())
 
     def publish(self, address: str, auth_mode: str) -> None:
         """Let other commands find the cluster at `address`."""

@@ -110,6 +110,7 @@ class ModelServer:
         return False
 
     def _start_api(self, starts_serve: bool) -> None:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it reports its own steps, which are ours here
         node_id = ray.get_runtime_context().get_node_id() if is_loopback(self._host) else None
         try:
             if starts_serve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from typing import Any
 
 import ray
 
@@ -37,7 +38,7 @@ def join_or_start(address: str | None = None) -> Cluster:
     if ray.is_initialized():
         return Cluster(connected_here=False)
     wanted = address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": False}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": False}
     if wanted:
         ray.init(address=wanted, **quiet)
     else:

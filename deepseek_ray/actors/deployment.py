@@ -18,6 +18,7 @@ from deepseek_ray.actors.launch import create_router, end_deployment
 from deepseek_ray.actors.record import (
     DeploymentDescription,
     DeploymentRecord,
+    ask_router,
     create_record,
     get_router,
     read_record,
@@ -30,7 +31,7 @@ from deepseek_ray.expert_parallel.placement import contiguous_placement
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_CALL_TIMEOUT_SECONDS = 10.0
+_START_TIMEOUT_SECONDS = 120.0
 
 
 class Deployment:
@@ -46,7 +47,7 @@ class Deployment:
 
     def stats(self) -> dict[str, Any]:
         """Figures of every member, by `role/id`."""
-        return ray.get(get_router(self.name).stats.remote(), timeout=_CALL_TIMEOUT_SECONDS)
+        return ask_router(self.name, "stats")
 
     def status(self) -> dict[str, Any]:
         return deployment_status(self.name)
@@ -64,7 +65,7 @@ class Deployment:
         interval = min(5.0, self._record.config.orphan_timeout_seconds / 4)
         while not self._stopped.wait(interval):
             try:
-                ray.get(get_router(self.name).renew_lease.remote(self._owner), timeout=_CALL_TIMEOUT_SECONDS)
+                ask_router(self.name, "renew_lease", self._owner)
             except (ray.exceptions.RayError, ValueError) as error:
                 logger.info("lease of %s not renewed this time: %s", self.name, error)
 
@@ -101,7 +102,7 @@ def deployment_status(name: str) -> dict[str, Any]:
     """`{"epoch": int, "actors": [...]}` of a deployment on this cluster; DeploymentError if there is none."""
     require_record(name)
     try:
-        return ray.get(get_router(name).status.remote(), timeout=_CALL_TIMEOUT_SECONDS)
+        return ask_router(name, "status")
     except (ray.exceptions.RayError, ValueError) as error:
         raise DeploymentError(f"the router of {name!r} does not answer ({error}); it is restarting or gone") from None
 
@@ -159,8 +160,8 @@ def _claim_name(record: DeploymentRecord) -> None:
 def _wait_ready(name: str, on_wait: Callable[[list[str]], None] | None) -> None:
     while True:
         try:
-            router = get_router(name)
-            missing, failure = ray.get([router.waiting_for.remote(), router.failure.remote()])
+            failure = ask_router(name, "failure", timeout=_START_TIMEOUT_SECONDS)
+            missing = ask_router(name, "waiting_for")
         except ray.exceptions.RayActorError as error:
             raise DeploymentError(f"the router of {name!r} cannot start: {error}") from None
         if failure:

@@ -144,16 +144,14 @@ class RemoteExperts(ExpertBackend):
     def _send(self, ticket: _Ticket, pending: _Pending) -> None:
         """Register the call and send it if its shard can be reached."""
         self._sequence += 1
-        generation, epoch = self._directory.version
         frame = call_frame(
             pending.call,
             ticket.hidden,
             ticket.layer,
             self._sequence,
             pending.attempt,
-            incarnation=self._incarnation,
-            generation=generation,
-            epoch=epoch,
+            self._incarnation,
+            self._directory.version,
         )
         ticket.pending[self._sequence] = pending
         link = self._link(ticket, pending.call.shard)

@@ -30,19 +30,30 @@ class CallContent(NamedTuple):
     """[P] int64."""
 
 
-def call_frame(call: ShardCall, hidden: Tensor, layer: int, sequence: int, attempt: int, **table: int) -> Frame:
+def call_frame(
+    call: ShardCall,
+    hidden: Tensor,
+    layer: int,
+    sequence: int,
+    attempt: int,
+    incarnation: int,
+    table_version: tuple[int, int],
+) -> Frame:
     """hidden [T, H] is the whole layer's input; the rows the shard needs are picked here."""
+    generation, epoch = table_version
     rows = hidden[call.token_rows].contiguous()
     return Frame(
         FrameKind.EXPERT_CALL,
         [_bytes(call.pair_rows), _bytes(call.pair_experts), _bytes(rows)],
+        incarnation=incarnation,
+        generation=generation,
+        epoch=epoch,
         sequence=sequence,
         layer=layer,
         attempt=attempt,
         num_rows=rows.shape[0],
         num_pairs=call.pair_rows.numel(),
         dtype=_CODES[hidden.dtype],
-        **table,
     )
 
 
@@ -93,4 +104,4 @@ def read_reply(frame: Frame, hidden_size: int) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class ExpertService:
             except LinkClosedError:
                 return
             if link is not None:
-                _start_thread(lambda link=link: self._serve(link), f"serve {link.peer}")
+                _start_thread(functools.partial(self._serve, link), f"serve {link.peer}")
 
     def _serve(self, link: Link) -> None:
         with link:

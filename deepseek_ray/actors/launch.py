@@ -78,7 +78,7 @@ def _create(
 ) -> Any:
     """A detached actor, or the one of this name that exists. It asks for no CPUs: on a small node serving and training
     share the cores, and the thread counts below bound what each takes."""
-    actor = ray.remote(cls).options(
+    actor: Any = ray.remote(cls).options(
         name=actor_name(deployment, role, id),
         namespace=NAMESPACE,
         lifetime="detached",

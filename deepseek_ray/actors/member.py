@@ -12,10 +12,9 @@ import threading
 import time
 from collections.abc import Callable
 
-import msgspec
 import ray
 
-from deepseek_ray.actors.record import DeploymentRecord, get_router, read_record, take_life
+from deepseek_ray.actors.record import DeploymentRecord, ask_router, read_record, take_life
 from deepseek_ray.control.membership import Directive, MemberReport, Role
 
 logger = logging.getLogger(__name__)
@@ -76,10 +75,9 @@ class Member:
             self._wanted.clear()
 
     def _exchange(self) -> None:
-        report = msgspec.structs.replace(self._report(self.identity))
+        report = self._report(self.identity)
         try:
-            router = get_router(self._name)
-            directive: Directive = ray.get(router.sync.remote(report), timeout=_CALL_TIMEOUT_SECONDS)
+            directive: Directive = ask_router(self._name, "sync", report, timeout=_CALL_TIMEOUT_SECONDS)
         except (ray.exceptions.RayError, ValueError) as error:
             self._leave_if_orphaned(error)
             return

@@ -6,7 +6,8 @@ import asyncio
 import queue
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 from deepseek_ray.actors.cluster import join_or_start
 from deepseek_ray.actors.deployment import start_deployment
@@ -15,6 +16,8 @@ from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.engine.offline import OfflineBackend, tokenizer_beside
 from deepseek_ray.errors import DeepSeekRayError
 from deepseek_ray.messages import GenerateRequest, TokenEvent
+
+T = TypeVar("T")
 
 
 class ActorsBackend(OfflineBackend):
@@ -60,7 +63,7 @@ class ActorsBackend(OfflineBackend):
         self.deployment.stop()
         self._cluster.leave()
 
-    def _call(self, coroutine):  # type: ignore[no-untyped-def]
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _run_all(self, requests: Sequence[GenerateRequest], events: queue.SimpleQueue[TokenEvent | None]) -> None:

@@ -7,6 +7,8 @@ Keys, in namespace `deepseek_ray`: `deployment/<name>` the record, `generation/<
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
@@ -105,6 +107,12 @@ def take_life(name: str, role: str, id: int) -> int:
     return life
 
 
-def get_router(name: str) -> ray.actor.ActorHandle:
+def get_router(name: str) -> Any:
     """The router's handle, resolved by name. Raises ValueError when there is none."""
     return ray.get_actor(actor_name(name, "router"), namespace=NAMESPACE)
+
+
+def ask_router(name: str, method: str, *arguments: Any, timeout: float = 10.0) -> Any:
+    """One call, waited for. Raises ValueError without a router, RayError when it does not answer in time."""
+    reference: Any = getattr(get_router(name), method).remote(*arguments)
+    return ray.get(reference, timeout=timeout)

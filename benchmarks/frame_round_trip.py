@@ -3,31 +3,27 @@
 Every way joins the same two processes, and the runs are interleaved, so all see the same machine. The bare way is the
 floor for two Python processes: one copy into shared memory and one wake-up each way, no header, no end of file.
 
-    python -m benchmarks.frame_round_trip [--bytes 131072] [--round-trips 300] [--runs 15] [--output FILE]
+    python -m benchmarks.frame_round_trip [--bytes 131072] [--round-trips 300] [--runs 15]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import mmap
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
-from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import write_results
 from deepseek_ray.links.base import Endpoints, Link
 from deepseek_ray.links.connect import connect, listen
 from deepseek_ray.links.frame import Frame, FrameKind
 from deepseek_ray.links.handshake import new_secret
 
-RESULTS = Path(__file__).parent / "results"
 WARM_UP_ROUND_TRIPS = 50
 WAYS = ("bare", "shared_memory", "tcp")
 
@@ -137,9 +133,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=128 * 1024, dest="size")
     parser.add_argument("--round-trips", type=int, default=300)
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="default: a file in benchmarks/results/")
     options = parser.parse_args()
-    load = os.getloadavg()[0]  # of the others on this machine: above 0.5 the figures are theirs as well
     micros = measure(options.size, options.round_trips, options.runs)
     result = {
         "question": "round trip of a frame between two processes on one node, microseconds (median of runs)",
@@ -147,17 +141,10 @@ def main() -> None:
         "round_trips": options.round_trips,
         "runs": options.runs,
         "microseconds": {way: round(value, 1) for way, value in micros.items()},
-        "cores": os.cpu_count(),
-        "load_average_1_minute": round(load, 1),
-        "python": platform.python_version(),
-        "kernel": platform.release(),
     }
-    month = datetime.date.today().strftime("%Y%m")
-    output = options.output or RESULTS / f"frame_round_trip_{os.cpu_count()}cores_{month}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
     figures = ", ".join(f"{way} {value:.0f} us" for way, value in micros.items())
-    print(f"{options.size} bytes there and back: {figures} -> {output}")
+    print(f"{options.size} bytes there and back: {figures}")
+    write_results("frame_round_trip", result)
 
 
 if __name__ == "__main__":

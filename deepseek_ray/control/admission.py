@@ -33,7 +33,7 @@ class Admission:
         now: float,
         avoid: Sequence[tuple[int, int]] = (),
     ) -> WorkerView:
-        """The worker with the fewest outstanding tokens; `avoid` lists the (id, incarnation) of workers that a retry has just lost.
+        """The worker with the fewest outstanding tokens; `avoid` lists (id, incarnation) of lost ones.
 
         Raises UnavailableError without workers, OverloadedError when each is full.
         """

@@ -20,6 +20,7 @@ from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.nn.gate import choose_experts
 from deepseek_ray.nn.moe import ExpertBackend, combine_slots
+from deepseek_ray.nn.norm import LATENT_NORM_EPS
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
 from deepseek_ray.nn.rope import apply_rope, rope_tables
 
@@ -164,14 +165,14 @@ class _LatentAttention:
         if not self._config.q_lora_rank:
             return hidden
         compressed = _biased(self._kernels, hidden, self._q_a, self._q_a_bias)
-        return self._kernels.rms_norm(compressed, self._q_norm, self._config.rms_norm_eps)
+        return self._kernels.rms_norm(compressed, self._q_norm, LATENT_NORM_EPS)
 
     def _write_latents(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Tensor) -> None:
         """`(RMSNorm(c), RoPE(k_rope))` of the step's tokens, `[T, R + P]`, into the cache."""
         config = self._config
         kv = _biased(self._kernels, hidden, self._kv_a, self._kv_a_bias)
         compressed, rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        compressed = self._kernels.rms_norm(compressed, self._kv_norm, config.rms_norm_eps)
+        compressed = self._kernels.rms_norm(compressed, self._kv_norm, LATENT_NORM_EPS)
         rope = apply_rope(rope.float(), cos, sin, config.rope_interleave)
         latents[slots] = torch.cat([compressed, rope.to(compressed.dtype)], dim=-1)
 

@@ -32,6 +32,7 @@ YARN = {
 SOFTMAX = {"scoring_func": "softmax", "topk_method": "greedy", "model_type": "deepseek_v2", "n_group": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "v3": {},
+    "v3 large norm eps": {"rms_norm_eps": 1e-2},
     "v3 yarn, no shared expert": {**YARN, "n_shared_experts": 0},
     "v3 biased attention, tied": {"attention_bias": True, "tie_word_embeddings": True},
     "v2-lite": {**SOFTMAX, "q_lora_rank": None},

@@ -1,0 +1,58 @@
+"""`bench-mini`: the DeepSeek-V3 architecture at V2-Lite widths cut to 5 layers, random bfloat16 weights N(0, 0.02)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.models.save import save_checkpoint
+from deepseek_ray.models.shapes import parameter_shapes
+
+BENCH_MINI = ModelConfig.parse(
+    {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 16,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": True,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 768,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "max_position_embeddings": 4096,
+    }
+)
+
+
+def bench_mini_dir(root: Path = Path(".cache/bench")) -> Path:
+    """The checkpoint (5.1 GB), written at the first call; it has no tokenizer, prompts are token ids."""
+    directory = root / "bench-mini"
+    if not (directory / "config.json").exists():
+        print(f"writing bench-mini ({BENCH_MINI.num_parameters / 1e9:.2f} B parameters) to {directory} ...", flush=True)
+        save_checkpoint(directory, BENCH_MINI, _random_tensors())
+    return directory
+
+
+def _random_tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in parameter_shapes(BENCH_MINI).items():
+        if name.endswith("norm.weight"):
+            yield name, torch.ones(shape, dtype=torch.bfloat16)
+        elif name.endswith("e_score_correction_bias"):
+            yield name, torch.zeros(shape)
+        else:
+            yield name, (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)

@@ -7,6 +7,7 @@ collapses onto one token, hence onto few experts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -91,7 +92,7 @@ def _measure(backend: OfflineBackend) -> Measure:
         ]
         started = time.perf_counter()
         times = list(_full_steps(backend.run(requests), request["sequences"]))
-        return {"prefill": times[0] - started, "steps": [b - a for a, b in zip(times, times[1:], strict=False)]}
+        return {"prefill": times[0] - started, "steps": [b - a for a, b in itertools.pairwise(times)]}
 
     return measure
 

@@ -38,6 +38,11 @@ class ExpertStore:
     def holds(self, layer: int, expert: int) -> bool:
         return layer in self._layers and expert in self._layers[layer].place
 
+    def weights_of(self, layer: int, expert: int) -> Tensor:
+        """The packed down projection of one expert, a view: whoever writes to it changes the expert."""
+        experts = self._layers[layer]
+        return experts.down.data[experts.place[expert]]
+
     def run(self, layer: int, hidden: Tensor, token_rows: Tensor, expert_ids: Tensor) -> Tensor:
         """One row per (token, expert) pair, in the order of the pairs, unweighted.
 

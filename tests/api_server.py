@@ -101,6 +101,7 @@ class ScriptedBackend:
 class RunningApi:
     url: str
     api: Api
+    loop: asyncio.AbstractEventLoop
 
 
 @contextmanager
@@ -113,10 +114,12 @@ def running_api(
         uvicorn.Config(api, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
     )
     started = threading.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
     server_startup = server.startup
 
     async def startup(*args: object, **kwargs: object) -> None:
         await server_startup(*args, **kwargs)  # type: ignore[arg-type]
+        loops.append(asyncio.get_running_loop())
         started.set()
 
     server.startup = startup  # type: ignore[method-assign,assignment]
@@ -125,7 +128,7 @@ def running_api(
     assert started.wait(20), "the server did not start"
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield RunningApi(f"http://127.0.0.1:{port}", api)
+        yield RunningApi(f"http://127.0.0.1:{port}", api, loops[0])
     finally:
         server.should_exit = True
         thread.join(20)

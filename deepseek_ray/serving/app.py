@@ -12,8 +12,9 @@ from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.serving.ingress import DeploymentOwner, OpenAIIngress
 from deepseek_ray.serving.limits import ApiLimits
 
-_UNCOUNTED_REQUESTS = 64
-"""Room for what does not generate: health checks, models, bodies that are still arriving, refusals."""
+_UNCOUNTED_REQUESTS = 1024
+"""Room for what does not generate: health checks, models, bodies that are still arriving, and refusals, which the API
+words as OpenAI does. Beyond it Serve itself refuses, in a plain line of text."""
 
 
 def api_limits(config: DeploymentConfig) -> ApiLimits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -369,6 +370,27 @@ def test_blocks_are_free_within_a_second_after_the_client_left() -> None:
             time.sleep(0.01)
         assert engine.stats().num_kv_blocks_used == 0
         assert engine.stats().num_generated_tokens < 200
+
+
+def test_draining_refuses_new_work_and_waits_for_what_runs() -> None:
+    backend = ScriptedBackend(wait=True)
+    asked = {"model": MODEL, "messages": MESSAGES}
+    with running_api(lambda: backend) as running, httpx.Client(base_url=running.url) as client:
+
+        def drain(seconds: float) -> int:
+            return asyncio.run_coroutine_threadsafe(running.api.drain(seconds), running.loop).result(10)
+
+        with HeldRequest(running, asked):
+            assert backend.started.wait(5)
+            assert client.get("/ready").status_code == 200
+            assert drain(0.1) == 1
+            assert error_of(client.get("/ready"), 503)
+            refused = client.post(CHAT, json=asked)
+            assert "shutting down" in error_of(refused, 503)["message"]
+            assert int(refused.headers["retry-after"]) >= 1
+            assert client.get("/health").status_code == 200
+            assert not backend.stopped.is_set()
+        assert drain(5) == 0
 
 
 def test_the_deadline_is_the_servers() -> None:

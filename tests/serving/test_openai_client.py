@@ -107,8 +107,12 @@ def test_n_choices_are_those_of_single_requests(client: OpenAI) -> None:
     assert whole.usage.completion_tokens == 36
     assert whole.usage.prompt_tokens == client.chat.completions.create(**asked).usage.prompt_tokens
     texts = ["", "", ""]
+    opened: set[int] = set()
     for chunk in client.chat.completions.create(**asked, n=3, seed=5, stream=True):
-        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        (choice,) = chunk.choices
+        assert (choice.delta.role == "assistant") == (choice.index not in opened)
+        opened.add(choice.index)
+        texts[choice.index] += choice.delta.content or ""
     assert texts == singles
 
 

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "DistributedConfig": "deepseek_ray.config.run",
     "LLM": "deepseek_ray.llm",
     "RequestOutput": "deepseek_ray.llm",
     "SamplingParams": "deepseek_ray.messages",
 }
 
 if TYPE_CHECKING:
+    from deepseek_ray.config.run import DistributedConfig
     from deepseek_ray.llm import LLM, RequestOutput
     from deepseek_ray.messages import SamplingParams
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "DistributedConfig", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """The training loop of one worker: plain torch and torch.distributed, the same with and without Ray.
 
 Everything that decides the loss curve is in the checkpoint or follows from (configuration, step), so a run that was
-killed anywhere and starts again has the curve of an undisturbed one: bit for bit on CPUs at the same world size.
+killed anywhere and starts again has the curve of an undisturbed one: bit for bit on CPUs at the same world size
+and thread count.
 """
 
 from __future__ import annotations

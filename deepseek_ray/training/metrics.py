@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from deepseek_ray.errors import TrainingError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,15 +36,24 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, last_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / METRICS_FILE
-        _keep_steps_up_to(path, last_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = directory / METRICS_FILE
+        _keep_steps_up_to(self._path, last_step)
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Add the line of one step; `values["step"]` is the optimiser step, counted from 1."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Add the line of one step; `values["step"]` is the optimiser step, counted from 1.
+
+        Raises TrainingError when the disk is full; the line is then left out or torn, and dropped by the next resume.
+        """
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"step {values['step']}: {self._path} cannot be written ({error.strerror or error}); free some space and "
+                "start the run again: it resumes from the newest checkpoint"
+            ) from error
         for name, tag in _TENSORBOARD_TAGS.items():
             if values.get(name) is not None:
                 self._board.add_scalar(tag, values[name], values["step"])
@@ -53,7 +65,8 @@ class MetricsWriter:
         self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk again: the error of the write is the one to tell
+            self._file.close()
         self._board.close()
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from deepseek_ray.errors import TrainingError
 from deepseek_ray.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 
 
@@ -37,6 +40,19 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     write_steps(tmp_path, 3, range(4, 6), loss=1.0)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_step_and_remedy(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, last_step=0)
+    writer.write({"step": 1, "loss": 1.0})
+    writer._file = Path("/dev/full").open("a")
+    with pytest.raises(
+        TrainingError, match=r"step 2: .*metrics.jsonl cannot be written \(No space left.*free some space"
+    ):
+        writer.write({"step": 2, "loss": 1.0})
+    writer.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
 def test_tensorboard_files_are_written(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ class MetricsWriter:
             self._file.flush()
         except OSError as error:
             raise TrainingError(
-                f"step {values['step']}: {self._path} cannot be written ({error.strerror or error}); free some space and "
-                "start the run again: it resumes from the newest checkpoint"
+                f"step {values['step']}: {self._path} cannot be written ({error.strerror or error}); free some space "
+                "and start the run again: it resumes from the newest checkpoint"
             ) from error
         for name, tag in _TENSORBOARD_TAGS.items():
             if values.get(name) is not None:

@@ -46,12 +46,13 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_with_step_and_remedy(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, last_step=0)
     writer.write({"step": 1, "loss": 1.0})
-    writer._file = Path("/dev/full").open("a")
-    with pytest.raises(
-        TrainingError, match=r"step 2: .*metrics.jsonl cannot be written \(No space left.*free some space"
-    ):
-        writer.write({"step": 2, "loss": 1.0})
-    writer.close()
+    with Path("/dev/full").open("a") as full:
+        writer._file = full
+        with pytest.raises(
+            TrainingError, match=r"step 2: .*metrics.jsonl cannot be written \(No space.*free some space"
+        ):
+            writer.write({"step": 2, "loss": 1.0})
+        writer.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 

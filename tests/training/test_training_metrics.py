@@ -48,9 +48,7 @@ def test_a_full_disk_is_told_with_step_and_remedy(tmp_path: Path) -> None:
     writer.write({"step": 1, "loss": 1.0})
     with Path("/dev/full").open("a") as full:
         writer._file = full
-        with pytest.raises(
-            TrainingError, match=r"step 2: .*metrics.jsonl cannot be written \(No space.*free some space"
-        ):
+        with pytest.raises(TrainingError, match=r"step 2: .*metrics.jsonl cannot be written.*free some space"):
             writer.write({"step": 2, "loss": 1.0})
         writer.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]

@@ -47,7 +47,7 @@ def encode_units(units: Sequence[ReadUnit], encoder: DocumentEncoder, config: Da
 
     DataError of a unit (a broken JSON line) is raised here, in the caller's process.
     """
-    with _connected(), _quiet():
+    with connected(), _quiet():
         total = sum(unit.num_bytes for unit in units)
         num_tasks = min(len(units), total // TASK_BYTES + 1, MAX_TASKS)
         rows = [asdict(unit) for unit in units]
@@ -116,13 +116,21 @@ def _unpack(packed: dict[str, Any]) -> PackedDocuments:
 
 
 @contextmanager
-def _connected() -> Iterator[None]:
+def connected() -> Iterator[None]:
+    """Ray for the while: what this process is connected to, else the cluster of RAY_ADDRESS, else a local one.
+
+    Without RAY_ADDRESS a plain init would join any cluster that somebody started on this machine. What Ray's libraries
+    write in other processes stays in their log files.
+    """
     if ray.is_initialized():
         yield
         return
-    # Without RAY_ADDRESS a plain init would join any cluster that somebody started on this machine.
+    address = None if "RAY_ADDRESS" in os.environ else "local"
     ray.init(
-        address=None if "RAY_ADDRESS" in os.environ else "local", include_dashboard=False, logging_level=logging.ERROR
+        address=address,
+        include_dashboard=False if address else None,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
     )
     try:
         yield

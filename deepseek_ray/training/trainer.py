@@ -23,6 +23,7 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from deepseek_ray.config.run import PretrainConfig
+from deepseek_ray.data.ingest import connected
 from deepseek_ray.data.prepare import PreparedData, prepare_data
 from deepseek_ray.errors import ConfigError, TrainingError
 from deepseek_ray.training.loop import train
@@ -37,11 +38,12 @@ _LOCK_FILE = ".lock"
 def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout) -> PretrainResult:
     """Train `config` to its last step, or resume it there, and return what came out.
 
-    Joins the Ray this process is connected to, else the cluster of RAY_ADDRESS, else starts a local one for the while.
-    Prints a status line to `stream`. Raises TrainingError, DataError or ConfigError for what a person has to change.
+    Uses the Ray this process is connected to, else the cluster of RAY_ADDRESS, else a local one for the while. Prints a
+    status line to `stream`; Ray's own log lines stay in its files. Raises TrainingError, DataError or ConfigError for
+    what a person has to change.
     """
     run_dir = absolute_run_dir(config)
-    with _lock(run_dir), _connected():
+    with _lock(run_dir), connected():
         workers = plan_workers(config, _nodes())
         data = prepare_data(config.data)
         progress = ProgressLine(stream, config.total_steps)
@@ -145,26 +147,6 @@ def _nodes() -> list[NodeResources]:
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-@contextmanager
-def _connected() -> Iterator[None]:
-    """Ray for the while of the run. Without RAY_ADDRESS a plain init would join any cluster found on this machine."""
-    if ray.is_initialized():
-        yield
-        return
-    address = None if "RAY_ADDRESS" in os.environ else "local"
-    # The workers' own words reach the driver through train.log; Ray's libraries write much that is no news to a person.
-    ray.init(
-        address=address,
-        include_dashboard=False if address else None,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

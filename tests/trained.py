@@ -1,6 +1,6 @@
 """A small model that was really trained: random ones collapse onto one token and hide wrong experts and lost frames.
 
-Trained once per content (configuration and the code that trains) into `.cache/tests`, in under a minute on two cores.
+Trained once per configuration into `.cache/tests`, in under a minute on two idle cores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ OVERRIDES = {
     "training.validation_interval": "240",
     "training.checkpoint_interval": "240",
 }
-_CODE = ("deepseek_ray/training", "deepseek_ray/nn", "deepseek_ray/models", "deepseek_ray/data", "deepseek_ray/config")
 _PROGRAM = """
 import sys
 from pathlib import Path
@@ -55,9 +54,7 @@ def trained_model_dir() -> Path:
 
 
 def _content_key() -> str:
+    """Of what defines the model. The code that trains it may change: the tests want any trained model, not this one."""
     digest = hashlib.sha256(repr(sorted(OVERRIDES.items())).encode())
     digest.update((ROOT / "configs" / "tiny.yaml").read_bytes())
-    for folder in _CODE:
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

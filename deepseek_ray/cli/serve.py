@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -92,10 +93,12 @@ def serve(
         _say(f"warning: {host} is reachable from other machines and the API asks for no key; put a proxy in front")
     from deepseek_ray.serving.server import ModelServer
 
-    _run(ModelServer(config, claim), drain_seconds)
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout
+        _run(ModelServer(config, claim), drain_seconds, stdout)
 
 
-def _run(server: ModelServer, drain_seconds: float) -> None:
+def _run(server: ModelServer, drain_seconds: float, stdout: TextIO) -> None:
     signals = _Signals()
     signals.catch()
     try:
@@ -107,7 +110,7 @@ def _run(server: ModelServer, drain_seconds: float) -> None:
         signals.catch()  # once more: ray.init has installed handlers of its own
         server.start(_say)
         signals.may_wait = True
-        print(f"ready {server.url}", flush=True)
+        print(f"ready {server.url}", file=stdout, flush=True)
         while not signals.received.wait(_CHECK_SECONDS):
             server.check()
         _say(f"stopping; running requests have {drain_seconds:g} s")

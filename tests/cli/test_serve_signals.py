@@ -34,7 +34,7 @@ class FakeServer:
 
 command._CHECK_SECONDS = 0.05
 def run():
-    command._run(FakeServer(), 30.0)
+    command._run(FakeServer(), 30.0, sys.stdout)
 import deepseek_ray.cli.main as cli
 cli.app = run
 main()

@@ -28,3 +28,15 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
     yield
     ray.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests skip themselves where there is no device."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

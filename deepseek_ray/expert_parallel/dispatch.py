@@ -29,8 +29,8 @@ class ShardCall:
 def plan_calls(expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:
     """One call per shard that owns any chosen expert, in shard order.
 
-    expert_ids [T, K] int64; owners [experts] int64, the shard of each expert; `places` [n] int64 limits the plan to some
-    of the flat pairs (a call planned anew under a newer table), all of them by default.
+    expert_ids [T, K] int64; owners [experts] int64, the shard of each expert; `places` [n] int64 limits the plan to
+    some of the flat pairs (a call planned anew under a newer table), all of them by default.
     """
     top_k = expert_ids.shape[1]
     flat = expert_ids.flatten()

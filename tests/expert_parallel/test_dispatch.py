@@ -54,5 +54,5 @@ def test_contiguous_placement_covers_all_experts() -> None:
 
 
 def test_more_shards_than_experts_is_refused() -> None:
-    with pytest.raises(DeploymentError, match="5 expert shards for 4 routed experts.*at most 4"):
+    with pytest.raises(DeploymentError, match=r"5 expert shards for 4 routed experts.*at most 4"):
         contiguous_placement([0], num_experts=4, num_shards=5)

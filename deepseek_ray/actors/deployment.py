@@ -162,7 +162,7 @@ def _wait_ready(name: str, on_wait: Callable[[list[str]], None] | None) -> None:
         try:
             failure = ask_router(name, "failure", timeout=_START_TIMEOUT_SECONDS)
             missing = ask_router(name, "waiting_for")
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayError, ValueError) as error:
             raise DeploymentError(f"the router of {name!r} cannot start: {error}") from None
         if failure:
             raise DeploymentError(f"deployment {name!r} cannot start: {failure}")

@@ -126,7 +126,7 @@ def _make_record(config: DeploymentConfig, serve_application: str | None, owns_s
         config_json=config.model_copy(update={"model_dir": str(directory)}).model_dump_json(),
         description=DeploymentDescription(
             name=config.name,
-            served_model_name=config.served_model_name or directory.name,
+            served_model_name=config.served_model_name or Path(config.model_dir).absolute().name,
             model_dir=str(directory),
             max_model_len=plan.max_model_len,
             vocab_size=model.vocab_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import socket
 import sys
@@ -53,7 +55,8 @@ def quickstart(
         _step(4, "serving it: router, attention worker, two expert shards, OpenAI API")
         _serve_and_ask(model_dir, port)
     finally:
-        cluster.leave()
+        with _without_farewells():
+            cluster.leave()
     _step(5, "done")
     minutes = (time.monotonic() - started) / 60
     print(f"  {minutes:.1f} minutes without the installation\n\ntry next:")
@@ -127,17 +130,23 @@ def _serve_and_ask(model_dir: Path, port: int | None) -> None:
         for prompt in _PROMPTS:
             _ask(server.url, model_dir.name, prompt)
     finally:
-        server.stop(drain_seconds=5)
+        with _without_farewells():
+            server.stop(drain_seconds=5)
+
+
+def _without_farewells() -> contextlib.AbstractContextManager[Any]:
+    """While Serve is shut down Ray reports on stdout that Serve's controller is gone, as if that were news."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _ask(url: str, model: str, prompt: str) -> None:
-    """Stream one completion to the terminal."""
+    """Stream one completion to the terminal; sampled, since greedy text of so small a model repeats itself."""
     import httpx
 
-    body = {"model": model, "prompt": prompt, "max_tokens": _MAX_TOKENS, "temperature": 0, "stream": True}
-    print(f"\n  POST {url}/completions {json.dumps({'prompt': prompt, 'max_tokens': _MAX_TOKENS})}")
+    body = {"model": model, "prompt": prompt, "max_tokens": _MAX_TOKENS, "temperature": 0.6, "seed": 1}
+    print(f"\n  POST {url}/completions {json.dumps(body)}")
     print(_indented(prompt), end="", flush=True)
-    with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{url}/completions", json={**body, "stream": True}, timeout=60) as response:
         response.raise_for_status()
         for line in response.iter_lines():
             if line.startswith("data: {"):
@@ -159,9 +168,9 @@ def _port() -> int:
 
 
 def _next_commands(model_dir: Path) -> list[str]:
-    shown = _shown(model_dir)
+    shown, programs = _shown(model_dir), _shown(Path(sys.executable).parent)
     return [
-        f"deepseek-ray serve {shown}                      # the same server, until Ctrl-C",
-        f"deepseek-ray complete {shown} 'def main('       # one completion in this terminal, without a server",
-        "python jobs/pretrain.py --config configs/tiny.yaml   # your own run: change the YAML or add --set key=value",
+        f"{programs}/deepseek-ray serve {shown}     # the same server, until Ctrl-C",
+        f"{programs}/deepseek-ray complete {shown} 'def main('     # one completion here, without a server",
+        f"{programs}/python jobs/pretrain.py --config configs/tiny.yaml     # your own run: edit it, or --set k=v",
     ]

@@ -31,6 +31,7 @@ def test_the_whole_road(tmp_path: Path) -> None:
     assert "bits per byte" in said
     assert "Kneser-Ney bigram model on the same tokens" in said
     assert said.count("POST http://127.0.0.1:") == 3
+    assert "graceful_shutdown" not in said
     run_dir = tmp_path / "runs" / "road"
     for picture in ("loss_curve.png", "expert_heat_map.png"):
         assert matplotlib.image.imread(run_dir / picture).std() > 0.05

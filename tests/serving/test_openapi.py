@@ -57,19 +57,19 @@ def events(text: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("extra", [{}, {"logprobs": True, "top_logprobs": 2}, {"n": 2}], ids=str)
 def test_chat(description: dict[str, Any], server: RunningApi, extra: dict[str, Any]) -> None:
-    asked = {"model": MODEL, "messages": MESSAGES, "max_tokens": 6, **extra}
+    asked = {"model": MODEL, "messages": MESSAGES, "max_tokens": 6, "temperature": 0, **extra}
     url = server.url + "/v1/chat/completions"
     check(description, "CreateChatCompletionResponse", httpx.post(url, json=asked).json())
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = events(httpx.post(url, json={**asked, **usage}).text)
-    assert len(chunks) > 6
+    assert len(chunks) >= 4  # the role, some text, the end, the usage
     for chunk in chunks:
         check(description, "CreateChatCompletionStreamResponse", chunk)
 
 
 @pytest.mark.parametrize("extra", [{}, {"logprobs": 2, "echo": True}, {"n": 2}], ids=str)
 def test_completions(description: dict[str, Any], server: RunningApi, extra: dict[str, Any]) -> None:
-    asked = {"model": MODEL, "prompt": ["hi", "you"], "max_tokens": 6, **extra}
+    asked = {"model": MODEL, "prompt": ["hi", "you"], "max_tokens": 6, "temperature": 0, **extra}
     url = server.url + "/v1/completions"
     check(description, "CreateCompletionResponse", httpx.post(url, json=asked).json())
     for chunk in events(httpx.post(url, json={**asked, "stream": True}).text):

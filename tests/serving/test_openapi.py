@@ -62,7 +62,7 @@ def test_chat(description: dict[str, Any], server: RunningApi, extra: dict[str, 
     check(description, "CreateChatCompletionResponse", httpx.post(url, json=asked).json())
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = events(httpx.post(url, json={**asked, **usage}).text)
-    assert len(chunks) >= 4  # the role, some text, the end, the usage
+    assert len(chunks) > 6
     for chunk in chunks:
         check(description, "CreateChatCompletionStreamResponse", chunk)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deepseek_ray.engine.tokenizer import Tokenizer
@@ -188,7 +188,8 @@ class Api:
                 "stream_options needs stream to be true; set it or leave stream_options out", param="stream_options"
             )
         answer_id = endpoint.id_prefix + (request.request_id or exchange.request_id)
-        return request, endpoint.plan(request, self.context, answer_id)
+        job = endpoint.plan(request, self.context, answer_id)
+        return request, replace(job, typed_client=exchange.header("x-stainless-lang") != "")
 
 
 def _check_media_type(exchange: Exchange) -> None:

@@ -71,7 +71,7 @@ async def stream_completion(request: CompletionRequest, job: Job, context: ApiCo
                 writers[index] = _ChoiceWriter(request, job, index, context.tokenizer)
                 opening = writers[index].opening
             if opening or event.text or event.logprobs or event.finish_reason:
-                yield chunk([_chunk_choice(index, event, opening, writers[index])])
+                yield chunk([_chunk_choice(index, event, opening, writers[index], job.typed_client)])
     if usage.wanted:
         yield encode_event(
             CompletionReply(id=job.id, created=job.created, model=job.model, choices=[], usage=usage.total)
@@ -112,9 +112,14 @@ class _ChoiceWriter:
         )
 
 
-def _chunk_choice(index: int, event: TokenEvent, opening: str, writer: _ChoiceWriter) -> CompletionChoice:
+def _chunk_choice(
+    index: int, event: TokenEvent, opening: str, writer: _ChoiceWriter, typed_client: bool
+) -> CompletionChoice:
+    """One chunk's choice. Before the end `finish_reason` is null, as OpenAI's own API sends it. The type of OpenAI's
+    libraries has no null there, though, and their strict validation ends the stream at one: they get "length"."""
     logprobs = writer.logprobs(event.prompt_logprobs, event.logprobs) if event.logprobs else None
-    return CompletionChoice(index, opening + event.text, logprobs, event.finish_reason)
+    unfinished = "length" if typed_client else None
+    return CompletionChoice(index, opening + event.text, logprobs, event.finish_reason or unfinished)
 
 
 def _prompts(request: CompletionRequest) -> Sequence[str | list[int]]:

@@ -56,6 +56,8 @@ class Job:
     prompts: list[list[int]]
     requests: list[GenerateRequest]
     """One per choice; choice i continues prompt i // n."""
+    typed_client: bool = False
+    """The client is an official OpenAI library, which holds answers to its types (it can be told to refuse others)."""
 
     @property
     def choices_per_prompt(self) -> int:

@@ -53,13 +53,12 @@ class Served:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def client(self, strict: bool = True) -> OpenAI:
-        return OpenAI(base_url=self.url + "/v1", api_key="none", _strict_response_validation=strict, max_retries=0)
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=self.url + "/v1", api_key="none", _strict_response_validation=True, max_retries=0)
 
     def stream(self, num_tokens: int) -> Any:
-        """Chunks of a completion. Not strict: before the end `finish_reason` is null, as OpenAI's own API sends it,
-        and the client's type for these chunks does not allow for that."""
-        return self.client(strict=False).completions.create(
+        """Chunks of a completion."""
+        return self.client().completions.create(
             model="tiny",
             prompt=PROMPT,
             max_tokens=num_tokens,

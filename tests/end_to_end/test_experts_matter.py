@@ -13,10 +13,7 @@ from deepseek_ray.messages import GenerateRequest, SamplingParams
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
 from deepseek_ray.models.paged_decoder import PagedDecoder
-from tests.end_to_end.test_failover import PROMPTS
-
-TEXTS = [*PROMPTS, "class Error(Exception):", "x = 0x7f\n", "while True:\n", "Copyright (c)", "@property\n", "a, b = "]
-NUM_TOKENS = 80
+from tests.end_to_end.test_failover import NUM_TOKENS, PROMPTS
 
 
 def test_zeroing_any_one_routed_expert_changes_the_output(trained_model: Path) -> None:
@@ -45,9 +42,9 @@ def greedy(decoder: PagedDecoder, model: Path) -> dict[str, list[int]]:
     engine = Engine(decoder, tokenizer, EngineConfig())
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     requests = [
-        GenerateRequest(request_id=text, prompt_token_ids=tokenizer.encode(text), params=params) for text in TEXTS
+        GenerateRequest(request_id=text, prompt_token_ids=tokenizer.encode(text), params=params) for text in PROMPTS
     ]
-    tokens: dict[str, list[int]] = {text: [] for text in TEXTS}
+    tokens: dict[str, list[int]] = {text: [] for text in PROMPTS}
     for event in run_engine(engine, requests):
         tokens[event.request_id] += event.token_ids
     return tokens

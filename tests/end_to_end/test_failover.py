@@ -7,6 +7,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,32 +28,39 @@ PROMPTS = [
     "try:\n    ",
     "# This",
     '"""Test that',
+    "class Error(Exception):",
+    "x = 0x7f\n",
+    "while True:\n",
+    "Copyright (c)",
+    "@property\n",
+    "a, b = ",
 ]
-NUM_TOKENS = 48
+"""Enough texts that one wrong expert shows in them: see test_experts_matter."""
+NUM_TOKENS = 80
+WORK = [
+    (text, SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS, seed=index, ignore_eos=True))
+    for temperature in (0.0, 0.8)
+    for index, text in enumerate(PROMPTS)
+]
 
 
 def requests_for(backend: ActorsBackend, tag: str) -> list[GenerateRequest]:
-    """Half greedy, half sampled with a seed: both must survive."""
+    """Every prompt twice, greedy and sampled with a seed: both must survive."""
     assert backend.tokenizer is not None
     return [
         GenerateRequest(
             request_id=f"{tag}-{index}",
             prompt_token_ids=backend.tokenizer.encode(text),
-            params=params_of(index),
+            params=params,
             deadline_seconds=120,
         )
-        for index, text in enumerate(PROMPTS)
+        for index, (text, params) in enumerate(WORK)
     ]
-
-
-def params_of(index: int) -> SamplingParams:
-    temperature = 0.0 if index % 2 == 0 else 0.8
-    return SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS, seed=index, ignore_eos=True)
 
 
 def expected_tokens(model: Path, dtype: str) -> dict[int, list[int]]:
     with LLM(model, dtype=dtype) as llm:
-        outputs = llm.generate(PROMPTS, [params_of(index) for index in range(len(PROMPTS))])
+        outputs = llm.generate([text for text, _ in WORK], [params for _, params in WORK])
     return {index: output.outputs[0].token_ids for index, output in enumerate(outputs)}
 
 
@@ -61,6 +69,8 @@ class Watched:
 
     def __init__(self, backend: ActorsBackend, tag: str, strike: Callable[[], None]) -> None:
         self.before = self.after = 0
+        self.resent: dict[int, int] = {}
+        """For each request that was sent again: the tokens it had by then."""
         self.errors: list[str] = []
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.text: dict[int, str] = defaultdict(str)
@@ -71,7 +81,7 @@ class Watched:
                 self.after += len(event.token_ids)
             else:
                 self.before += len(event.token_ids)
-            if not struck and min((len(self.tokens[index]) for index in range(len(PROMPTS))), default=0) >= 6:
+            if not struck and min(len(self.tokens[index]) for index in range(len(WORK))) >= 6:
                 struck = True
                 strike()
 
@@ -80,18 +90,23 @@ class Watched:
         if event.error:
             self.errors.append(event.error)
         assert event.index == len(self.tokens[index]), "a token was lost or repeated"
+        if event.attempt > 0:
+            self.resent.setdefault(index, event.index)
         self.tokens[index] += event.token_ids
         self.text[index] += event.text
 
 
-def pid_of(backend: ActorsBackend, role: str, id: int = 0) -> int:
+def row_of(backend: ActorsBackend, role: str, id: int = 0) -> dict[str, Any]:
     rows = backend.deployment.status()["actors"]
-    return next(row["pid"] for row in rows if row["role"] == role and row["id"] == id)
+    return next(row for row in rows if row["role"] == role and row["id"] == id)
+
+
+def pid_of(backend: ActorsBackend, role: str, id: int = 0) -> int:
+    return row_of(backend, role, id)["pid"]
 
 
 def restarts_of(backend: ActorsBackend, role: str, id: int = 0) -> int:
-    rows = backend.deployment.status()["actors"]
-    return next(row["restarts"] for row in rows if row["role"] == role and row["id"] == id)
+    return row_of(backend, role, id)["restarts"]
 
 
 def kill(pid: int) -> None:
@@ -128,32 +143,38 @@ def test_actors_give_the_tokens_of_one_process(backend: ActorsBackend, expected:
 def test_kill_an_expert_shard(backend: ActorsBackend, expected: dict[int, list[int]], shard: int) -> None:
     resent = backend.deployment.stats()["attention_worker/0"]["frames_resent"]
     watched = Watched(backend, f"shard{shard}", lambda: kill(pid_of(backend, "expert_shard", shard)))
-    assert not watched.errors
-    assert watched.before > 0
-    assert watched.after > 0
-    assert dict(watched.tokens) == expected
+    assert_unharmed(watched, expected)
+    assert not watched.resent, "a request was sent again where a frame would have done"
     assert restarts_of(backend, "expert_shard", shard) == 1
     wait_for(lambda: backend.deployment.stats()["attention_worker/0"]["frames_resent"] > resent)
 
 
 def test_kill_the_router(backend: ActorsBackend, expected: dict[int, list[int]]) -> None:
+    """No token passes through the router, so nothing of a stream is sent again: the members' reports are."""
+    members = [("attention_worker", 0), ("expert_shard", 0), ("expert_shard", 1)]
+    pids = [pid_of(backend, *member) for member in members]
     watched = Watched(backend, "router", lambda: kill(pid_of(backend, "router")))
-    assert not watched.errors
-    assert watched.before > 0
-    assert watched.after > 0
-    assert dict(watched.tokens) == expected
+    assert_unharmed(watched, expected)
+    assert not watched.resent
     again = Watched(backend, "after-router", strike=lambda: None)
     assert dict(again.tokens) == expected
     assert restarts_of(backend, "router") == 1
+    assert [pid_of(backend, *member) for member in members] == pids, "a member did not report to the new router"
 
 
 def test_kill_the_attention_worker(backend: ActorsBackend, expected: dict[int, list[int]]) -> None:
     watched = Watched(backend, "worker", lambda: kill(pid_of(backend, "attention_worker")))
+    assert_unharmed(watched, expected)
+    assert set(watched.resent) == set(range(len(WORK))), "every request ran there, so every one was sent again"
+    assert min(watched.resent.values()) >= 6, "and with the tokens it had"
+    assert restarts_of(backend, "attention_worker") == 1
+
+
+def assert_unharmed(watched: Watched, expected: dict[int, list[int]]) -> None:
     assert not watched.errors
     assert watched.before > 0
     assert watched.after > 0
     assert dict(watched.tokens) == expected
-    assert restarts_of(backend, "attention_worker") == 1
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv quickstart test check bench test-gpu clean
+.PHONY: venv quickstart test test-slow check bench test-gpu clean
 
 venv: $(STAMP)
 
@@ -19,6 +19,9 @@ quickstart: venv
 
 test: venv
 	@$(BIN)/python -m pytest
+
+test-slow: venv
+	@$(BIN)/python -m pytest -m slow
 
 check: venv
 	@$(BIN)/ruff check .

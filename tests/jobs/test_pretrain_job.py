@@ -4,108 +4,28 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from deepseek_ray.models.load import load_model
 from deepseek_ray.training.metrics import read_metrics
+from tests.head_node import RAY, HeadNode, head_node
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RAY = Path(sys.executable).with_name("ray")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A head node that demands a token."""
-
-    address: str
-    """Of the dashboard, where jobs are submitted."""
-    environment: dict[str, str]
-    """With the token, and a PATH on which `python` is not the environment's."""
-    directory: Path
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    # A short path: Ray puts sockets in it, and their paths may have 107 bytes.
-    directory = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))
-    (directory / "home").mkdir()
-    (directory / "bin").mkdir()
-    (directory / "bin" / "python").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
-    environment = {
-        "PATH": f"{directory / 'bin'}:/usr/bin:/bin",
-        "HOME": str(directory / "home"),
-        "LANG": "C.UTF-8",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TMPDIR": str(directory / "ray"),
-    }
-    gcs, dashboard, client = free_ports(3)
-    command = [
-        str(RAY), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-        f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={directory / 'ray'}",
-        "--num-cpus=2", "--disable-usage-stats",
-    ]  # fmt: skip
-    with (directory / "head.log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
-    try:
-        address = f"http://127.0.0.1:{dashboard}"
-        _wait_until_up(address, head, directory / "head.log")
-        yield Cluster(address, environment, directory)
-    finally:
-        _stop(head)
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _wait_until_up(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    """The dashboard answers 401 to a caller without a token as soon as it is up."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert head.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5)
-        except urllib.error.HTTPError as error:
-            if error.code == 401:
-                return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"no dashboard at {address} within 90 s: {log.read_text()}")
-
-
-def _stop(head: subprocess.Popen[bytes]) -> None:
-    """End the head node and everything it started, by process id."""
-    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-    head.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=10)
+def cluster() -> Iterator[HeadNode]:
+    with head_node() as head:
+        yield head
 
 
 def submit(
-    cluster: Cluster, *overrides: str, environment: dict[str, str] | None = None
+    cluster: HeadNode, *overrides: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     sets = [part for override in overrides for part in ("--set", override)]
     return subprocess.run(
@@ -117,7 +37,7 @@ def submit(
 
 
 @pytest.mark.cluster
-def test_a_submitted_job_trains_in_the_environments_python(cluster: Cluster) -> None:
+def test_a_submitted_job_trains_in_the_environments_python(cluster: HeadNode) -> None:
     corpus = cluster.directory / "corpus.txt"
     corpus.write_text("\n".join(f"line {number} of the text says {number * number}" for number in range(3000)))
     done = submit(
@@ -142,7 +62,7 @@ def test_a_submitted_job_trains_in_the_environments_python(cluster: Cluster) -> 
 
 
 @pytest.mark.cluster
-def test_a_job_without_the_token_is_refused(cluster: Cluster) -> None:
+def test_a_job_without_the_token_is_refused(cluster: HeadNode) -> None:
     stranger = {**cluster.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     done = submit(cluster, "training.steps=1", environment=stranger)
     assert done.returncode != 0

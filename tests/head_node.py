@@ -1,0 +1,102 @@
+"""A Ray head node of its own for tests: token authentication on, everything under one temporary directory."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+RAY = Path(sys.executable).with_name("ray")
+
+
+@dataclass(frozen=True)
+class HeadNode:
+    """A head node that demands a token."""
+
+    address: str
+    """Of the dashboard, where jobs are submitted."""
+    gcs_address: str
+    """What drivers join."""
+    environment: dict[str, str]
+    """With the token, and a PATH on which `python` is not the environment's."""
+    directory: Path
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+@contextmanager
+def head_node() -> Iterator[HeadNode]:
+    """`ray start --head` with 2 CPUs; every process of it is gone afterwards."""
+    # A short path: Ray puts sockets in it, and their paths may have 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))
+    (directory / "home").mkdir()
+    (directory / "bin").mkdir()
+    (directory / "bin" / "python").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    environment = {
+        "PATH": f"{directory / 'bin'}:/usr/bin:/bin",
+        "HOME": str(directory / "home"),
+        "LANG": "C.UTF-8",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TMPDIR": str(directory / "ray"),
+    }
+    gcs, dashboard, client = free_ports(3)
+    command = [
+        str(RAY), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
+        f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={directory / 'ray'}",
+        "--num-cpus=2", "--disable-usage-stats",
+    ]  # fmt: skip
+    with (directory / "head.log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        _wait_until_up(address, head, directory / "head.log")
+        yield HeadNode(address, f"127.0.0.1:{gcs}", environment, directory)
+    finally:
+        _stop(head)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _wait_until_up(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    """The dashboard answers 401 to a caller without a token as soon as it is up."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert head.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5)
+        except urllib.error.HTTPError as error:
+            if error.code == 401:
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"no dashboard at {address} within 90 s: {log.read_text()}")
+
+
+def _stop(head: subprocess.Popen[bytes]) -> None:
+    """End the head node and everything it started, by process id."""
+    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    head.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=10)

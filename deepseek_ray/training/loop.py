@@ -53,11 +53,13 @@ def train(
     data: PreparedData,
     ranks: Ranks,
     on_checkpoint: Callable[[dict[str, Any]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> PretrainResult:
     """Train to the last step of `config`, from the newest valid checkpoint in `run_dir` or from the start.
 
     Every worker calls it; with more than one, a default process group exists. `on_checkpoint` is called on every worker
-    after each checkpoint with the metrics of its step. Raises TrainingError when the run cannot go on.
+    after each checkpoint with the metrics of its step. `should_stop` is asked on rank 0 after each step: once it says
+    yes, all workers save and leave. Raises TrainingError when the run cannot go on.
     """
     run = _Run.start(config, run_dir, data, ranks)
     speeds = []
@@ -65,10 +67,13 @@ def train(
         for step in range(run.step + 1, config.total_steps + 1):
             values = run.take_step(step)
             speeds.append(values["tokens_per_second"])
-            if _is_due(step, config.training.checkpoint_interval, config.total_steps):
+            stopping = should_stop is not None and ranks.on_first(should_stop)
+            if stopping or _is_due(step, config.training.checkpoint_interval, config.total_steps):
                 run.save()
                 if on_checkpoint is not None:
                     on_checkpoint({name: values[name] for name in _REPORTED if name in values})
+            if stopping:
+                break
     finally:
         run.close()
     return run.result(statistics.median(speeds) if speeds else 0.0)

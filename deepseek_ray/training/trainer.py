@@ -35,12 +35,12 @@ from deepseek_ray.training.result import PretrainResult
 _LOCK_FILE = ".lock"
 
 
-def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout) -> PretrainResult:
+def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout, stop_file: Path | None = None) -> PretrainResult:
     """Train `config` to its last step, or resume it there, and return what came out.
 
     Uses the Ray this process is connected to, else the cluster of RAY_ADDRESS, else a local one for the while. Prints a
-    status line to `stream`; Ray's own log lines stay in its files. Raises TrainingError, DataError or ConfigError for
-    what a person has to change.
+    status line to `stream`; Ray's own log lines stay in its files. Once `stop_file` exists, the run saves a checkpoint
+    and ends after the step it is at. Raises TrainingError, DataError or ConfigError for what a person has to change.
     """
     run_dir = absolute_run_dir(config)
     with _lock(run_dir), connected():
@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout) -> PretrainRes
         progress.note(_headline(config, workers, data))
         follower = RunFollower(run_dir, progress.show, progress.note)
         try:
-            outcome = _fit(config, run_dir, workers, data)
+            outcome = _fit(config, run_dir, workers, data, stop_file)
         finally:
             follower.close()
             progress.close()
@@ -75,7 +75,9 @@ def absolute_run_dir(config: PretrainConfig) -> Path:
 
 
 # Ray's type hints describe Train v1 to a checker; v2, which runs, has more arguments and Result.return_value.
-def _fit(config: PretrainConfig, run_dir: Path, workers: WorkerResources, data: PreparedData) -> dict[str, Any]:
+def _fit(
+    config: PretrainConfig, run_dir: Path, workers: WorkerResources, data: PreparedData, stop_file: Path | None
+) -> dict[str, Any]:
     trainer = TorchTrainer(
         _run_worker,  # type: ignore[arg-type]
         train_loop_config={
@@ -83,6 +85,7 @@ def _fit(config: PretrainConfig, run_dir: Path, workers: WorkerResources, data: 
             "run_dir": str(run_dir),
             "data": data,
             "threads": workers.threads,
+            "stop_file": stop_file,
         },
         torch_config=TorchConfig(timeout_s=config.distributed.timeout_s),
         scaling_config=ray.train.ScalingConfig(
@@ -119,7 +122,14 @@ def _run_worker(values: dict[str, Any]) -> dict[str, Any]:
     config, run_dir = PretrainConfig.parse(values["config"]), Path(values["run_dir"])
     try:
         with _logging_to(run_dir / LOG_FILE if ranks.is_first else None):
-            result = train(config, run_dir, values["data"], ranks, on_checkpoint=ray.train.report)
+            result = train(
+                config,
+                run_dir,
+                values["data"],
+                ranks,
+                on_checkpoint=ray.train.report,
+                should_stop=None if values["stop_file"] is None else values["stop_file"].exists,
+            )
     except Exception as error:
         if not is_users_error(error):
             raise

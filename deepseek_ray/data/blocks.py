@@ -3,7 +3,8 @@
 A folder holds
 - `tokens.bin`: token ids of all documents, one after another, little-endian uint16 (uint32 above 65,536 ids);
 - `documents.bin`: where each document begins in it, then the number of tokens: little-endian int64;
-- `metadata.json`: counts, element type, and size and sha256 of the two files. It is written last.
+- `loss_mask.bin`, only where not every token is trained on: one byte per token, 1 where it is to be predicted;
+- `metadata.json`: counts, element type, and size and sha256 of the other files. It is written last.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from deepseek_ray.errors import DataError
 FORMAT = "deepseek_ray token blocks"
 FORMAT_VERSION = 1
 TOKENS_FILE, DOCUMENTS_FILE, METADATA_FILE = "tokens.bin", "documents.bin", "metadata.json"
+LOSS_MASK_FILE = "loss_mask.bin"
 DOCUMENT_DTYPE = np.dtype("<i8")
 
 
@@ -36,9 +38,11 @@ class BlocksMetadata:
     num_tokens: int
     num_documents: int
     num_bytes: int
-    """UTF-8 bytes of the documents' text."""
+    """UTF-8 bytes of the documents' text; of the text to be predicted where there is a loss mask."""
     files: dict[str, dict[str, Any]]
     """File name -> `{"size": bytes, "sha256": hex}`."""
+    num_targets: int | None = None
+    """Tokens to be predicted where there is a loss mask; None: all but the first of every document."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
@@ -52,6 +56,8 @@ class TokenBlocks:
         self.metadata = metadata
         self._tokens = _map(directory / TOKENS_FILE, np.dtype(metadata.dtype))
         self._starts = _map(directory / DOCUMENTS_FILE, DOCUMENT_DTYPE)
+        masked = LOSS_MASK_FILE in metadata.files
+        self._loss_mask = _map(directory / LOSS_MASK_FILE, np.dtype(np.uint8)) if masked else None
 
     @classmethod
     def open(cls, directory: str | Path, verify: bool = False) -> TokenBlocks:
@@ -83,7 +89,13 @@ class TokenBlocks:
 
         Bits per byte of a model is its mean loss in nats per predicted token / (ln 2 * bytes_per_token).
         """
-        return self.num_bytes / (self.num_tokens - self.num_documents)
+        return self.num_bytes / self.num_targets
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens to be predicted."""
+        masked = self.metadata.num_targets
+        return self.num_tokens - self.num_documents if masked is None else masked
 
     def num_samples(self, sequence_length: int) -> int:
         """Number of samples: windows of `sequence_length` predictions; the last tokens that fill none are left out."""
@@ -108,6 +120,13 @@ class TokenBlocks:
         for row, index in enumerate(indices):
             tokens[row], document_ids[row] = self.sample(int(index), sequence_length)
         return tokens, document_ids
+
+    def loss_masks(self, indices: np.ndarray, sequence_length: int) -> np.ndarray | None:
+        """[len(indices), sequence_length + 1] bool, True where the sample's token is to be predicted; None: all are."""
+        if self._loss_mask is None:
+            return None
+        places = np.asarray(indices)[:, None] * sequence_length + np.arange(sequence_length + 1)
+        return self._loss_mask[places].astype(bool)
 
     def stream(self) -> tuple[np.ndarray, np.ndarray]:
         """Everything at once, in memory: (tokens int64, document_ids int32), both [num_tokens]."""

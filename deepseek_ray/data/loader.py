@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ class Batch(TypedDict):
     document_ids: torch.Tensor
     """[batch, sequence_length + 1] int32: number of the token's document within its sample. A target counts only where
     it has the same number as its input."""
+    loss_mask: NotRequired[torch.Tensor]
+    """[batch, sequence_length + 1] bool: the token is to be predicted. Absent when all are."""
 
 
 class TrainLoader:
@@ -81,4 +83,8 @@ def validation_batches(
 def read_batch(blocks: TokenBlocks, indices: np.ndarray, sequence_length: int) -> Batch:
     """The samples `indices` ([batch] integers) as one batch."""
     tokens, document_ids = blocks.samples(indices, sequence_length)
-    return {"tokens": torch.from_numpy(tokens), "document_ids": torch.from_numpy(document_ids)}
+    batch: Batch = {"tokens": torch.from_numpy(tokens), "document_ids": torch.from_numpy(document_ids)}
+    mask = blocks.loss_masks(indices, sequence_length)
+    if mask is not None:
+        batch["loss_mask"] = torch.from_numpy(mask)
+    return batch

@@ -17,6 +17,7 @@ from deepseek_ray.data.blocks import (
     DOCUMENTS_FILE,
     FORMAT,
     FORMAT_VERSION,
+    LOSS_MASK_FILE,
     METADATA_FILE,
     TOKENS_FILE,
     BlocksMetadata,
@@ -33,7 +34,9 @@ class PackedDocuments:
     lengths: np.ndarray
     """[documents] tokens of each document, none of them 0; they add up to the total."""
     num_bytes: int
-    """UTF-8 bytes of the documents' text."""
+    """UTF-8 bytes of the documents' text; of the text to be predicted where there is a loss mask."""
+    loss_mask: np.ndarray | None = None
+    """[total tokens] bool, True where a token is to be predicted; None: everywhere. A document's first never counts."""
 
 
 class BlockWriter:
@@ -42,15 +45,17 @@ class BlockWriter:
     The caller writes into a folder that nobody reads yet and renames it into place afterwards (see `prepare.py`).
     """
 
-    def __init__(self, directory: Path, vocab_size: int) -> None:
+    def __init__(self, directory: Path, vocab_size: int, masked: bool = False) -> None:
+        """masked: every `append` brings a loss mask, which is stored beside the tokens."""
         self._directory = directory
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
-        self._num_tokens = self._num_documents = self._num_bytes = 0
+        self._num_tokens = self._num_documents = self._num_bytes = self._num_targets = 0
         with disk_errors(directory):
             directory.mkdir(parents=True)
             self._tokens = _HashedFile(directory / TOKENS_FILE)
             self._documents = _HashedFile(directory / DOCUMENTS_FILE)
+            self._loss_mask = _HashedFile(directory / LOSS_MASK_FILE) if masked else None
 
     def append(self, documents: PackedDocuments) -> None:
         """Add documents in order. DataError when the disk is full or an id lies outside the vocabulary."""
@@ -64,6 +69,12 @@ class BlockWriter:
         with disk_errors(self._directory):
             self._documents.write(starts.astype(DOCUMENT_DTYPE).tobytes())
             self._tokens.write(documents.tokens.astype(self._dtype).tobytes())
+            if self._loss_mask is not None:
+                assert documents.loss_mask is not None, "a masked writer takes masked documents"
+                mask = documents.loss_mask.astype(np.uint8)
+                mask[starts - self._num_tokens] = 0
+                self._loss_mask.write(mask.tobytes())
+                self._num_targets += int(mask.sum())
         self._num_tokens += len(documents.tokens)
         self._num_documents += len(documents.lengths)
         self._num_bytes += documents.num_bytes
@@ -72,6 +83,9 @@ class BlockWriter:
         """Write the metadata: from here on the folder can be opened."""
         with disk_errors(self._directory):
             self._documents.write(np.array([self._num_tokens], dtype=DOCUMENT_DTYPE).tobytes())
+            files = {TOKENS_FILE: self._tokens.close(), DOCUMENTS_FILE: self._documents.close()}
+            if self._loss_mask is not None:
+                files[LOSS_MASK_FILE] = self._loss_mask.close()
             metadata = BlocksMetadata(
                 format=FORMAT,
                 version=FORMAT_VERSION,
@@ -80,7 +94,8 @@ class BlockWriter:
                 num_tokens=self._num_tokens,
                 num_documents=self._num_documents,
                 num_bytes=self._num_bytes,
-                files={TOKENS_FILE: self._tokens.close(), DOCUMENTS_FILE: self._documents.close()},
+                files=files,
+                num_targets=None if self._loss_mask is None else self._num_targets,
             )
             (self._directory / METADATA_FILE).write_text(metadata.to_json(), encoding="utf-8")
         return metadata
@@ -91,8 +106,9 @@ class BlockWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tokens.release()
-        self._documents.release()
+        for file in (self._tokens, self._documents, self._loss_mask):
+            if file is not None:
+                file.release()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -13,15 +13,17 @@ IGNORED_TARGET = -100
 """Target of a position that predicts nothing; torch's cross-entropy leaves it out."""
 
 
-def next_tokens(tokens: Tensor, document_ids: Tensor, ahead: int = 1) -> Tensor:
+def next_tokens(tokens: Tensor, document_ids: Tensor, ahead: int = 1, loss_mask: Tensor | None = None) -> Tensor:
     """The token that each input position predicts: the one `ahead` places further in the same document.
 
     tokens: [B, S + 1] int64 and document_ids: [B, S + 1], a sample as the loader gives it: the first S tokens are the
-    input. Returns [B, S] int64, with IGNORED_TARGET where that token lies in another document or beyond the sample.
+    input. loss_mask: [B, S + 1] bool, True where a token is to be predicted; None: everywhere. Returns [B, S] int64, with IGNORED_TARGET where that token lies in another document, beyond the sample, or is not to be predicted.
     Documents are contiguous, so equal ids at both ends mean equal ids between them.
     """
     targets = torch.full_like(tokens[:, 1:], IGNORED_TARGET)
     inside = document_ids[:, ahead:] == document_ids[:, :-ahead]
+    if loss_mask is not None:
+        inside = inside & loss_mask[:, ahead:]
     targets[:, : inside.shape[1]] = torch.where(inside, tokens[:, ahead:], IGNORED_TARGET)
     return targets
 

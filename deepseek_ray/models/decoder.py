@@ -7,7 +7,8 @@ Letters: B sequences, S tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -150,16 +151,38 @@ class DeepSeekForCausalLM(nn.Module):
         earlier ones when None. positions: [B or 1, S] int64, 0 to S - 1 when None. with_mtp: also run the
         multi-token-prediction layers.
         """
-        rotation = self._rotation(input_ids, positions)
+        hidden, gates = self.decode(self.model.embed_tokens(input_ids), self.model.layers, document_ids, positions)
+        output = self.predict(hidden, input_ids, document_ids, positions, with_mtp)
+        return replace(output, gates=gates)
+
+    def decode(
+        self,
+        hidden: Tensor,
+        layers: Iterable[nn.Module],
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[GateOutput, ...]]:
+        """Run decoder layers, all or consecutive ones, on [B, S, H]: the same shape, and what their gates decided."""
+        rotation = self._rotation(hidden, positions)
         mask = None if document_ids is None else document_mask(document_ids)
-        hidden = self.model.embed_tokens(input_ids)
         gates = []
-        for layer in self.model.layers:
+        for layer in layers:
             hidden, gate = self._run(layer, hidden, rotation, mask)
             gates += [gate] if gate is not None else []
+        return hidden, tuple(gates)
+
+    def predict(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        with_mtp: bool = False,
+    ) -> ModelOutput:
+        """What follows the last decoder layer, whose output is `hidden` [B, S, H]; `gates` of the result is empty."""
         hidden = self.model.norm(hidden)
         mtp = self._mtp_chain(hidden, input_ids, document_ids, positions) if with_mtp else ()
-        return ModelOutput(self.lm_head(hidden), hidden, tuple(gates), mtp)
+        return ModelOutput(self.lm_head(hidden), hidden, (), mtp)
 
     def mtp_logits(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """Logits [B, S - 1, V] of the first multi-token-prediction layer: place i predicts token i + 2."""
@@ -201,9 +224,10 @@ class DeepSeekForCausalLM(nn.Module):
             hidden = outputs[-1].hidden
         return tuple(outputs)
 
-    def _rotation(self, input_ids: Tensor, positions: Tensor | None) -> Rotation:
+    def _rotation(self, tokens: Tensor, positions: Tensor | None) -> Rotation:
+        """tokens: [B, S, ...], ids or hidden states."""
         if positions is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         return rope_tables(self.config, positions)
 
     def _run(

@@ -5,6 +5,7 @@ Letters: T tokens, K experts per token, E routed experts, H hidden size, I width
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,19 +29,36 @@ class Experts(nn.Module):
     def forward(self, hidden: Tensor, expert_ids: Tensor, counts: Tensor) -> Tensor:
         """hidden: [T, H]; expert_ids: [T, K] int64; counts: [E] int64, the tokens of each expert.
 
-        Returns [T, K, H], one unweighted row per (token, slot). Python loops only over experts that have tokens.
+        Returns [T, K, H], one unweighted row per (token, slot).
         """
         order = expert_ids.flatten().argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        rows = _ToExperts.apply(hidden, order, place)
-        # unbind, not indexing: its backward writes the stacked gradient once instead of once per expert.
-        gate_up, down = self.gate_up.unbind(0), self.down.unbind(0)
+        rows = self.compute(_ToExperts.apply(hidden, order, place, expert_ids.shape[1]), counts)
+        return _FromExperts.apply(rows, order, place).view(*expert_ids.shape, hidden.shape[1])
+
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows: [N, H] in expert order; counts: [E] int64, the rows of each expert. Returns [N, H] in the same order.
+
+        Python loops only over experts that have rows. Without any row every expert multiplies nothing, so that the
+        weights have a gradient (zero) then too.
+        """
         outputs = []
-        for expert, own in enumerate(rows.split(counts.tolist())):
-            if own.shape[0]:
-                gate, up = F.linear(own, gate_up[expert]).chunk(2, dim=-1)
-                outputs.append(F.linear(F.silu(gate) * up, down[expert]))
-        return _FromExperts.apply(torch.cat(outputs), order, place).view(*expert_ids.shape, -1)
+        for own, weights in zip(rows.split(counts.tolist()), self.per_expert(), strict=True):
+            if own.shape[0] or not rows.shape[0]:
+                outputs.append(self.compute_one(own, *weights))
+        return torch.cat(outputs)
+
+    def per_expert(self) -> Iterable[tuple[Tensor, ...]]:
+        """What `compute_one` needs of each expert, in order.
+
+        unbind, not indexing: its backward writes the stacked gradient once instead of once per expert.
+        """
+        return zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True)
+
+    def compute_one(self, rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """One expert over its rows: [R, H] -> [R, H]."""
+        gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down)
 
 
 class _ToExperts(torch.autograd.Function):
@@ -51,16 +69,16 @@ class _ToExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, order: Tensor, place: Tensor, slots: int) -> Tensor:
         ctx.save_for_backward(place)
-        ctx.tokens = hidden.shape[0]
-        return hidden.index_select(0, order // (order.numel() // hidden.shape[0]))
+        ctx.shape = (hidden.shape[0], slots, hidden.shape[1])
+        return hidden.index_select(0, order // slots)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (place,) = ctx.saved_tensors
-        return grad.index_select(0, place).view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
+        return grad.index_select(0, place).view(ctx.shape).sum(1), None, None, None
 
 
 class _FromExperts(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Keys and values of all heads come from one latent per token. The naive form expands it to keys and values per head; the
 absorbed form moves the expansion to the query and the output, so that heads attend to the latents themselves. Both are
-the same function. Letters: B sequences, S tokens, N heads, R kv_lora_rank.
+the same function. Letters: B sequences, S tokens, N heads (those whose weights the module holds), R kv_lora_rank.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MLA(nn.Module):
             queries = self.q_proj(hidden)
         else:
             queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
-        queries = queries.unflatten(-1, (config.num_attention_heads, config.qk_head_dim)).transpose(1, 2)
+        queries = queries.unflatten(-1, (-1, config.qk_head_dim)).transpose(1, 2)
         nope, rope = queries.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         return nope, self._rotated(rope, rotation)
 
@@ -75,11 +75,11 @@ class MLA(nn.Module):
     ) -> Tensor:
         """[B, N, S, v_head_dim], from keys and values expanded per head."""
         config = self.config
-        heads, width = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
-        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (heads, width)).transpose(1, 2)
+        width = config.qk_nope_head_dim + config.v_head_dim
+        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, width)).transpose(1, 2)
         k_nope, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         queries = torch.cat((q_nope, q_rope), dim=-1)
-        keys = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, heads, -1, -1)), dim=-1)
+        keys = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         # torch's fast kernels want one width for all three; zeros change neither scores nor values.
         width = max(config.qk_head_dim, config.v_head_dim)
         queries, keys, values = (F.pad(x, (0, width - x.shape[-1])) for x in (queries, keys, values))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from deepseek_ray.engine.tokenizer import Tokenizer
 from deepseek_ray.errors import DeadlineExceededError, DeepSeekRayError, OverloadedError, RequestError, UnavailableError
+from deepseek_ray.serving.auth import ApiKeys
 from deepseek_ray.serving.backend import Backend, ServedModel
 from deepseek_ray.serving.body import parse_body
 from deepseek_ray.serving.chat import plan_chat, reply_chat, stream_chat
 from deepseek_ray.serving.completions import plan_completion, reply_completion, stream_completion
 from deepseek_ray.serving.errors import ErrorReply, HttpError, describe_error
 from deepseek_ray.serving.exchange import ClientGoneError, Exchange, Receive, Scope, Send
-from deepseek_ray.serving.job import ApiContext, Job, check_model
+from deepseek_ray.serving.job import ApiContext, Job
 from deepseek_ray.serving.limits import ApiLimits
-from deepseek_ray.serving.models import model_card, model_list
+from deepseek_ray.serving.models import find_model, model_card, model_list
 from deepseek_ray.serving.replies import Health
 from deepseek_ray.serving.schema import ChatRequest, CompletionRequest, parse_request
 
@@ -35,8 +36,8 @@ _SMALL_BODY_BYTES = 16 * 1024
 def build_api(
     backend: Backend, tokenizer: Tokenizer, model: ServedModel, limits: ApiLimits, echo_request_id: bool = True
 ) -> Api:
-    """The application for one model. `echo_request_id` is False behind a proxy that sets X-Request-Id itself."""
-    return Api(ApiContext(backend, tokenizer, model, limits), echo_request_id)
+    """The application for one model that asks for no key."""
+    return Api([ApiContext(backend, tokenizer, model, limits)], ApiKeys(), echo_request_id)
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,15 @@ _COMPLETIONS = _Endpoint(CompletionRequest, "cmpl-", plan_completion, reply_comp
 class Api:
     """ASGI callable. `num_generating` counts the requests that generate now."""
 
-    def __init__(self, context: ApiContext, echo_request_id: bool) -> None:
-        self.context = context
+    def __init__(self, contexts: Sequence[ApiContext], keys: ApiKeys, echo_request_id: bool) -> None:
+        """One context per model; requests choose by its served name.
+
+        `echo_request_id` is False behind a proxy that sets X-Request-Id itself.
+        """
+        self.contexts = {context.model.served_model_name: context for context in contexts}
         self.num_generating = 0
+        self._keys = keys
+        self._limits = _join_limits([context.limits for context in contexts])
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -82,6 +89,7 @@ class Api:
 
     async def _handle(self, exchange: Exchange) -> None:
         try:
+            self._keys.check(exchange.path, exchange.header("authorization"))
             await self._route(exchange)(exchange)
         except ClientGoneError:
             logger.info("request %s: the client left", exchange.request_id)
@@ -89,7 +97,7 @@ class Api:
             if not isinstance(error, DeepSeekRayError):
                 logger.exception("request %s failed", exchange.request_id)
             reply = describe_error(error, exchange.request_id)
-            await exchange.fail(_without_path(reply, self.context.model))
+            await exchange.fail(self._without_paths(reply))
 
     def _route(self, exchange: Exchange) -> Handler:
         methods = self._routes.get(exchange.path)
@@ -117,12 +125,12 @@ class Api:
         await exchange.reply(Health("ready"))
 
     async def ready(self) -> bool:
-        """True when the backend says in time that it can generate, and work is taken here."""
+        """True when every backend says in time that it can generate, and work is taken here."""
         if self._draining:
             return False
         try:
-            async with asyncio.timeout(self.context.limits.ready_timeout_seconds):
-                return await self.context.backend.ready()
+            async with asyncio.timeout(self._limits.ready_timeout_seconds):
+                return all(await asyncio.gather(*(context.backend.ready() for context in self.contexts.values())))
         except (TimeoutError, UnavailableError):
             return False
 
@@ -137,16 +145,15 @@ class Api:
         return self.num_generating
 
     async def _models(self, exchange: Exchange) -> None:
-        await exchange.reply(model_list(self.context.model))
+        await exchange.reply(model_list(context.model for context in self.contexts.values()))
 
     async def _model(self, exchange: Exchange) -> None:
-        check_model(exchange.path.removeprefix(_MODEL_PATH), self.context.model)
-        await exchange.reply(model_card(self.context.model))
+        context = find_model(exchange.path.removeprefix(_MODEL_PATH), self.contexts)
+        await exchange.reply(model_card(context.model))
 
     async def _generate(self, exchange: Exchange, endpoint: _Endpoint) -> None:
         _check_media_type(exchange)
-        limits = self.context.limits
-        body = await exchange.read_body(limits.max_body_bytes, limits.body_timeout_seconds)
+        body = await exchange.read_body(self._limits.max_body_bytes, self._limits.body_timeout_seconds)
         self._admit()
         try:
             await exchange.unless_client_leaves(self._answer(exchange, endpoint, body))
@@ -158,38 +165,58 @@ class Api:
     def _admit(self) -> None:
         if self._draining:
             raise UnavailableError("this server is shutting down; send the request to another one, or later")
-        limit = self.context.limits.max_concurrent_requests
+        limit = self._limits.max_concurrent_requests
         if self.num_generating >= limit:
             raise OverloadedError(f"{self.num_generating} requests are being answered; the limit is {limit}; try later")
         self.num_generating += 1
         self._idle.clear()
 
     async def _answer(self, exchange: Exchange, endpoint: _Endpoint, body: bytes) -> None:
-        seconds = self.context.limits.request_timeout_seconds
+        started = asyncio.get_running_loop().time()
+        seconds = self._limits.request_timeout_seconds
         try:
-            async with asyncio.timeout(seconds + _DEADLINE_GRACE_SECONDS):
+            async with asyncio.timeout(seconds + _DEADLINE_GRACE_SECONDS) as deadline:
                 if len(body) < _SMALL_BODY_BYTES:
-                    request, job = self._plan(exchange, endpoint, body)
+                    request, context, job = self._plan(exchange, endpoint, body)
                 else:
-                    request, job = await asyncio.to_thread(self._plan, exchange, endpoint, body)
+                    request, context, job = await asyncio.to_thread(self._plan, exchange, endpoint, body)
+                seconds = context.limits.request_timeout_seconds  # the model's own, now that it is known
+                deadline.reschedule(started + seconds + _DEADLINE_GRACE_SECONDS)
                 if request.stream:
-                    await exchange.stream(endpoint.stream(request, job, self.context))
+                    await exchange.stream(endpoint.stream(request, job, context))
                 else:
-                    await exchange.reply(await endpoint.reply(request, job, self.context))
+                    await exchange.reply(await endpoint.reply(request, job, context))
         except TimeoutError:
             raise DeadlineExceededError(
                 f"the request's deadline of {seconds:g} s is over; ask for fewer tokens"
             ) from None
 
-    def _plan(self, exchange: Exchange, endpoint: _Endpoint, body: bytes) -> tuple[Any, Job]:
-        request = parse_request(endpoint.request_type, parse_body(body, self.context.limits.max_json_depth))
+    def _plan(self, exchange: Exchange, endpoint: _Endpoint, body: bytes) -> tuple[Any, ApiContext, Job]:
+        request = parse_request(endpoint.request_type, parse_body(body, self._limits.max_json_depth))
         if request.stream_options is not None and not request.stream:
             raise RequestError(
                 "stream_options needs stream to be true; set it or leave stream_options out", param="stream_options"
             )
-        answer_id = endpoint.id_prefix + (request.request_id or exchange.request_id)
-        job = endpoint.plan(request, self.context, answer_id)
-        return request, replace(job, typed_client=exchange.header("x-stainless-lang") != "")
+        context = find_model(request.model, self.contexts)
+        job = endpoint.plan(request, context, endpoint.id_prefix + (request.request_id or exchange.request_id))
+        return request, context, replace(job, typed_client=exchange.header("x-stainless-lang") != "")
+
+    def _without_paths(self, reply: ErrorReply) -> ErrorReply:
+        """Where a model lies on the server is not the client's business."""
+        for context in self.contexts.values():
+            model = context.model
+            reply.body.error.message = reply.body.error.message.replace(model.model_dir, model.served_model_name)
+        return reply
+
+
+def _join_limits(limits: Sequence[ApiLimits]) -> ApiLimits:
+    """What holds before a request's model is known: room for the requests of all, and the longest deadline."""
+    return limits[0].model_copy(
+        update={
+            "max_concurrent_requests": sum(limit.max_concurrent_requests for limit in limits),
+            "request_timeout_seconds": max(limit.request_timeout_seconds for limit in limits),
+        }
+    )
 
 
 def _check_media_type(exchange: Exchange) -> None:
@@ -201,12 +228,6 @@ def _check_media_type(exchange: Exchange) -> None:
             f"the content type is {media_type[:100]!r}; send JSON with the header Content-Type: application/json",
             "unsupported_media_type",
         )
-
-
-def _without_path(reply: ErrorReply, model: ServedModel) -> ErrorReply:
-    """Where the model lies on the server is not the client's business."""
-    reply.body.error.message = reply.body.error.message.replace(model.model_dir, model.served_model_name)
-    return reply
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

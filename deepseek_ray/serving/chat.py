@@ -8,7 +8,7 @@ from contextlib import aclosing
 from deepseek_ray.errors import RequestError
 from deepseek_ray.messages import TokenEvent
 from deepseek_ray.serving.events import Output, collect, generate_all
-from deepseek_ray.serving.job import ApiContext, Job, check_model, make_job, sampling_params
+from deepseek_ray.serving.job import ApiContext, Job, make_job, sampling_params
 from deepseek_ray.serving.logprobs import chat_logprobs
 from deepseek_ray.serving.replies import (
     ChatChoice,
@@ -24,7 +24,6 @@ from deepseek_ray.serving.stream import DONE, StreamUsage, encode_event
 
 def plan_chat(request: ChatRequest, context: ApiContext, answer_id: str) -> Job:
     """Render and tokenise the conversation; RequestError names the field that cannot be honoured."""
-    check_model(request.model, context.model)
     _check_logprobs(request)
     num_messages = len(request.messages)
     if not 0 < num_messages <= context.limits.max_messages:

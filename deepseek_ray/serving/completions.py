@@ -9,7 +9,7 @@ from deepseek_ray.engine.tokenizer import Tokenizer
 from deepseek_ray.errors import RequestError
 from deepseek_ray.messages import SamplingParams, TokenEvent, TokenLogprob
 from deepseek_ray.serving.events import Output, collect, generate_all
-from deepseek_ray.serving.job import ApiContext, Job, check_model, make_job, sampling_params
+from deepseek_ray.serving.job import ApiContext, Job, make_job, sampling_params
 from deepseek_ray.serving.logprobs import CompletionLogprobWriter
 from deepseek_ray.serving.replies import CompletionChoice, CompletionLogprobs, CompletionReply
 from deepseek_ray.serving.schema import CompletionRequest
@@ -18,7 +18,6 @@ from deepseek_ray.serving.stream import DONE, StreamUsage, encode_event
 
 def plan_completion(request: CompletionRequest, context: ApiContext, answer_id: str) -> Job:
     """Tokenise the prompts; RequestError names the field that cannot be honoured."""
-    check_model(request.model, context.model)
     max_tokens = SamplingParams().max_tokens if request.max_tokens is None else request.max_tokens
     params = sampling_params(request, max_tokens, request.logprobs, context.model.vocab_size)
     prompts = _prompts(request)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from deepseek_ray.engine.requests import check_request, expand_request
 from deepseek_ray.engine.tokenizer import Tokenizer
-from deepseek_ray.errors import ModelNotFoundError, RequestError
+from deepseek_ray.errors import RequestError
 from deepseek_ray.messages import GenerateRequest, SamplingParams
 from deepseek_ray.serving.backend import Backend, ServedModel
 from deepseek_ray.serving.limits import ApiLimits
@@ -110,13 +110,6 @@ def sampling_params(
     params = SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
     params.validate(vocab_size)
     return params
-
-
-def check_model(name: str, model: ServedModel) -> None:
-    if name != model.served_model_name:
-        raise ModelNotFoundError(
-            f"the model {name[:200]!r} is not served here; this server has {model.served_model_name!r}", param="model"
-        )
 
 
 def _check_request(request: GenerateRequest, context: ApiContext, prompt_field: str) -> None:

@@ -253,7 +253,7 @@ def test_unknown_model(client: httpx.Client) -> None:
 
 
 def test_health_and_ready(client: httpx.Client, server: RunningApi) -> None:
-    backend = server.api.context.backend
+    backend = server.api.contexts[MODEL].backend
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/ready").json() == {"status": "ready"}
     backend.is_ready = False  # type: ignore[attr-defined]
@@ -360,7 +360,7 @@ def test_the_work_stops_when_the_client_leaves(texts: list[str], stream: bool, n
 
 def test_blocks_are_free_within_a_second_after_the_client_left() -> None:
     with running_api(EngineBackend) as running:
-        engine = running.api.context.backend.engine  # type: ignore[attr-defined]
+        engine = running.api.contexts[MODEL].backend.engine  # type: ignore[attr-defined]
         asked = {"model": MODEL, "messages": MESSAGES, "stream": True, "max_tokens": 200}
         with HeldRequest(running, asked) as connection:
             connection.recv(100)

@@ -10,6 +10,7 @@ import typer
 from deepseek_ray import __version__
 from deepseek_ray.cli.chat import chat
 from deepseek_ray.cli.complete import complete
+from deepseek_ray.cli.config import config
 from deepseek_ray.cli.doctor import doctor
 from deepseek_ray.cli.quickstart import quickstart
 from deepseek_ray.cli.serve import serve
@@ -23,7 +24,8 @@ _HELP = """Train, search and serve DeepSeek-style mixture-of-experts models on R
   deepseek-ray quickstart\n
   deepseek-ray doctor\n
   deepseek-ray serve runs/quickstart/model --port 8000\n
-  deepseek-ray chat http://127.0.0.1:8000
+  deepseek-ray chat http://127.0.0.1:8000\n
+  deepseek-ray config show configs/tiny.yaml --origin
 """
 
 app = typer.Typer(
@@ -41,6 +43,7 @@ app.command()(status)
 app.command()(chat)
 app.command()(complete)
 app.command()(doctor)
+app.add_typer(config, name="config")
 
 
 def _print_version(wanted: bool) -> None:

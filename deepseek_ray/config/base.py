@@ -26,25 +26,38 @@ class FrozenConfig(BaseModel):
 
 
 def describe_validation_error(error: ValidationError, cls: type[BaseModel], source: str) -> str:
-    """One line per problem: dotted key, its value, what is allowed, and the nearest known key for a misspelt one."""
-    lines = []
+    """All problems in one line: key, value, what is allowed, and the nearest known key for a misspelt one."""
+    prefix = f"{source}: " if source else ""
+    return prefix + "; ".join(text for _, text in list_problems(error, cls))
+
+
+def list_problems(
+    error: ValidationError, cls: type[BaseModel], section: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], str]]:
+    """(key, what is wrong with it) of each problem. `section` is where the values of `cls` stand in a larger whole."""
+    problems = []
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+        path = (*section, *map(str, problem["loc"]))
+        key = ".".join(path) or cls.__name__
         if problem["type"] == "extra_forbidden":
             known = _known_keys(cls, problem["loc"][:-1])
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-            lines.append(f"unknown key {key!r}; {hint}")
+            text = f"unknown key {key!r}; {hint}"
         elif problem["type"] == "missing":
-            lines.append(f"{key} is missing; it has no default, so give it a value")
+            text = f"{key} is missing; it has no default, so give it a value"
+        elif problem["type"] == "value_error":  # a check of several keys: its message names them
+            text = f"{key}: {problem['msg'].removeprefix('Value error, ')}"
         else:
-            lines.append(f"{key} is {problem.get('input')!r}: {problem['msg']}")
-    prefix = f"{source}: " if source else ""
-    return prefix + "; ".join(lines)
+            text = f"{key} is {problem.get('input')!r}: {problem['msg']}"
+        problems.append((path, text))
+    return problems
 
 
 def _known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     for part in path:
+        if isinstance(part, int):  # an item of a list, whose class was found with the list
+            continue
         field = cls.model_fields.get(str(part))
         annotation = field.annotation if field else None
         options = getattr(annotation, "__args__", (annotation,))

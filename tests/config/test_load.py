@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_ray.config.load import load_pretrain_config, read_yaml
+from deepseek_ray.config.load import load_pretrain_config
 from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.config.yaml_file import read_yaml
 from deepseek_ray.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

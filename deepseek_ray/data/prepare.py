@@ -75,7 +75,7 @@ def prepare_data(config: DataConfig, show_progress: bool | None = None) -> Prepa
     if not target.is_dir():
         units = plan_units(config, files)
         show = sys.stderr.isatty() if show_progress is None else show_progress
-        with _new_directory(cache_dir, target) as work:
+        with new_directory(cache_dir, target) as work:
             _prepare_into(work, config, units, len(files), show)
     return _open(target, verify=config.verify)
 
@@ -104,7 +104,7 @@ def _tokenizer_folder(tokenizer: str) -> Path:
 
 def _prepare_into(work: Path, config: DataConfig, units: Sequence[ReadUnit], num_files: int, show: bool) -> None:
     total = sum(unit.num_bytes for unit in units)
-    with _progress(show) as start_bar:
+    with progress_bars(show) as start_bar:
         if config.tokenizer is None:
             advance = start_bar("training tokenizer", min(total, config.tokenizer_training_bytes))
             backend = train_tokenizer(_training_texts(units, config, advance), config.vocab_size)
@@ -188,7 +188,7 @@ def _open(directory: Path, verify: bool) -> PreparedData:
 
 
 @contextmanager
-def _new_directory(cache_dir: Path, target: Path) -> Iterator[Path]:
+def new_directory(cache_dir: Path, target: Path) -> Iterator[Path]:
     """A folder that becomes `target` when the block ends well, and is gone when it does not.
 
     When another process was first, its result stays: the name says that the content is the same.
@@ -210,7 +210,7 @@ def _new_directory(cache_dir: Path, target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _progress(show: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def progress_bars(show: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Yields a function that starts a bar of so many bytes and returns the function that advances it."""
     columns = (TextColumn("{task.description:>20}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:

@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_nothing_behind(tree: DataConfig, tmp_path: Path, mon
 
 def test_the_second_of_two_preparing_processes_takes_the_firsts_result(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with prepare._new_directory(tmp_path, target) as work:
+    with prepare.new_directory(tmp_path, target) as work:
         (work / "file").write_text("second")
         target.mkdir()  # another process finished meanwhile
         (target / "file").write_text("first")

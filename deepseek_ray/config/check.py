@@ -64,12 +64,9 @@ def _located(path: KeyPath, message: str, loaded: LoadedValues) -> Problem:
 
 def _named_key(message: str, section: KeyPath, loaded: LoadedValues) -> KeyPath:
     """The first given key that a message names. Ours begin with the key, in full or as its own section calls it."""
-    for word in re.findall(r"[A-Za-z_][\w.]*\w", message):
+    for position, word in enumerate(re.findall(r"[A-Za-z_][\w.]*\w", message)):
         parts = tuple(word.split("."))
-        for candidate in (parts, (*section, *parts)):
-            if candidate in loaded.origins:
-                return candidate
-        inside = [key for key in loaded.origins if key[-len(parts) :] == parts and key[: len(section)] == section]
-        if inside and ("_" in word or "." in word):
-            return inside[0]
+        inside = [key for key in loaded.origins if key[: len(section)] == section and key[-len(parts) :] == parts]
+        if inside and (position == 0 or "_" in word or "." in word):  # later words may be plain English
+            return min(inside, key=len)
     return section

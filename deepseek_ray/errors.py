@@ -43,6 +43,10 @@ class TrainingError(DeepSeekRayError):
     """A training run cannot start, or cannot go on (non-finite loss, no room for a checkpoint)."""
 
 
+class SweepError(DeepSeekRayError):
+    """A sweep cannot start, cannot go on, or has nothing to show (no trial fits, every trial failed)."""
+
+
 class RequestError(DeepSeekRayError):
     """A client's request is wrong. `param` names the field, `code` is a stable machine-readable word."""
 

@@ -32,7 +32,7 @@ from deepseek_ray.training.ranks import Ranks, is_users_error
 from deepseek_ray.training.resources import NodeResources, WorkerResources, plan_workers
 from deepseek_ray.training.result import PretrainResult
 
-_LOCK_FILE = ".lock"
+LOCK_FILE = ".lock"
 
 
 def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout, stop_file: Path | None = None) -> PretrainResult:
@@ -182,7 +182,7 @@ def _lock(run_dir: Path) -> Iterator[None]:
     """One driver per run: a second one would write the same files. The system frees the lock when a driver dies."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / _LOCK_FILE).open("w")
+        file = (run_dir / LOCK_FILE).open("w")
     except OSError as error:
         raise TrainingError(
             f"the run's directory {run_dir} cannot be written ({error}); set storage_path to one that can"

@@ -1,1 +1,1 @@
-"""Search over hyperparameters and architectures."""
+"""Sweeps on Ray Tune: spaces, trials that are Ray Train runs, schedulers, searchers, results that can be read again."""

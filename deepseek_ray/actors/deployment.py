@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 import ray
 
 from deepseek_ray.actors.launch import create_router, end_deployment
+from deepseek_ray.actors.lease import Lease
 from deepseek_ray.actors.record import (
     DeploymentDescription,
     DeploymentRecord,
@@ -25,6 +24,7 @@ from deepseek_ray.actors.record import (
     require_record,
 )
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.control.rollout import engine_change
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel.placement import contiguous_placement
 
@@ -35,15 +35,13 @@ _START_TIMEOUT_SECONDS = 120.0
 
 
 class Deployment:
-    """A running deployment owned by this process: its lease is renewed until `stop` or the end of the process."""
+    """A running deployment owned by this process: its lease is renewed until `stop`, `leave` or the process's end."""
 
     def __init__(self, record: DeploymentRecord) -> None:
         self.name = record.description.name
         self.description = record.description
         self._record = record
-        self._owner = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._stopped = threading.Event()
-        threading.Thread(target=self._renew_lease, name="lease", daemon=True).start()
+        self._lease: Lease | None = Lease(record)
 
     def stats(self) -> dict[str, Any]:
         """Figures of every member, by `role/id`."""
@@ -52,22 +50,31 @@ class Deployment:
     def status(self) -> dict[str, Any]:
         return deployment_status(self.name)
 
+    @property
+    def is_there(self) -> bool:
+        """False once somebody ended it."""
+        record = read_record(self.name)
+        return record is not None and record.instance == self._record.instance
+
+    def renew_lease(self) -> bool:
+        """False when it is ending. ValueError without a router, RayError when it does not answer."""
+        return self._lease is not None and self._lease.renew()
+
+    def leave(self) -> None:
+        """Own it no longer: it ends unless somebody else does. Harmless to call twice."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
     def stop(self) -> None:
         """End every actor and wait until their processes are gone. Harmless to call twice."""
-        if self._stopped.is_set():
+        if self._lease is None:
             return
-        self._stopped.set()
+        self._lease.stop()
+        self._lease = None
         pids = _local_pids(self.name)
         end_deployment(self._record)
         _wait_gone(pids)
-
-    def _renew_lease(self) -> None:
-        interval = min(5.0, self._record.config.orphan_timeout_seconds / 4)
-        while not self._stopped.wait(interval):
-            try:
-                ask_router(self.name, "renew_lease", self._owner)
-            except (ray.exceptions.RayError, ValueError) as error:
-                logger.info("lease of %s not renewed this time: %s", self.name, error)
 
 
 def start_deployment(
@@ -96,6 +103,34 @@ def start_deployment(
         deployment.stop()
         raise
     return deployment
+
+
+def join_or_start_deployment(config: DeploymentConfig) -> Deployment:
+    """Own the running deployment of `config.name` as well, or start it; return when it can generate.
+
+    Errors of `start_deployment`, and DeploymentError when the one that runs has another configuration.
+    """
+    while (record := read_record(config.name)) is not None:
+        if engine_change(record.config, config) == "replace":
+            raise DeploymentError(
+                f"a deployment named {config.name!r} runs with another configuration; stop it, or choose another name"
+            )
+        deployment = Deployment(record)
+        try:
+            if deployment.renew_lease():
+                _wait_ready(config.name, None)
+                return deployment
+        except ValueError:  # no router any more: starting anew clears what it left
+            deployment.leave()
+            break
+        except ray.exceptions.RayError as error:
+            logger.info("the router of %s does not answer yet: %s", config.name, error)
+        except BaseException:
+            deployment.leave()
+            raise
+        deployment.leave()
+        time.sleep(_POLL_SECONDS)  # it is ending, and its name will be free
+    return start_deployment(config)
 
 
 def deployment_status(name: str) -> dict[str, Any]:

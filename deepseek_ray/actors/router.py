@@ -66,9 +66,14 @@ class Router:
     async def workers(self) -> list[WorkerView]:
         return self._membership.workers(time.monotonic())
 
-    async def renew_lease(self, owner: str) -> None:
+    async def renew_lease(self, owner: str) -> bool:
+        """False when the deployment is ending already."""
         self._start_housekeeping()
         self._leases.renew(owner, time.monotonic())
+        return not self._membership.closing
+
+    async def release_lease(self, owner: str) -> None:
+        self._leases.release(owner)
 
     async def ready(self) -> bool:
         return self._membership.ready(time.monotonic())

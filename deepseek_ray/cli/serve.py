@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from deepseek_ray.config.engine import DeploymentConfig, EngineConfig
+from deepseek_ray.config.serving import IngressConfig
 
 if TYPE_CHECKING:
     from deepseek_ray.serving.server import ModelServer
@@ -21,7 +23,8 @@ _CHECK_SECONDS = 2.0
 
 
 def _default(name: str) -> Any:
-    return DeploymentConfig.model_fields[name].default
+    fields = {**DeploymentConfig.model_fields, **IngressConfig.model_fields}
+    return fields[name].default
 
 
 def serve(
@@ -54,6 +57,20 @@ def serve(
     kv_cache_bytes: Annotated[
         int | None, typer.Option(help="Bytes of KV cache of each attention worker.", show_default="as needed, <= 1 GiB")
     ] = None,
+    max_replicas: Annotated[
+        int, typer.Option(help="Most processes that answer HTTP; one runs, others follow the load.", min=1)
+    ] = _default("max_replicas"),
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key that clients must send; repeat it for several. Others see it in `ps`: rather set "
+            "DEEPSEEK_RAY_API_KEY or give a file.",
+            show_default="none asked for",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the keys that clients may use, one a line.", show_default=False)
+    ] = None,
     drain_seconds: Annotated[
         float, typer.Option(help="How long running requests may finish after a signal.", min=0)
     ] = 30.0,
@@ -82,20 +99,24 @@ def serve(
         },
         "serve",
     )
+    api = IngressConfig.parse({"max_replicas": max_replicas}, "serve")
     # What can be wrong is found before Ray is even imported.
+    from deepseek_ray.serving.auth import ENVIRONMENT_VARIABLE, ApiKeys
     from deepseek_ray.serving.claim import ServerClaim
     from deepseek_ray.serving.model_dir import check_model_dir
     from deepseek_ray.serving.port import is_loopback
 
+    keys = ApiKeys.of(api_key or (), api_key_file, os.environ)
+    os.environ.pop(ENVIRONMENT_VARIABLE, None)  # every process of the cluster would inherit it
     check_model_dir(model_dir)
     claim = ServerClaim(name, host, port, address)
-    if not is_loopback(host):
-        _say(f"warning: {host} is reachable from other machines and the API asks for no key; put a proxy in front")
+    if not keys and not is_loopback(host):
+        _say(f"warning: {host} is reachable from other machines and the API asks for no key; set --api-key-file")
     from deepseek_ray.serving.server import ModelServer
 
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout
-        _run(ModelServer(config, claim), drain_seconds, stdout)
+        _run(ModelServer(config, claim, api, keys), drain_seconds, stdout)
 
 
 def _run(server: ModelServer, drain_seconds: float, stdout: TextIO) -> None:

@@ -25,7 +25,9 @@ class ApiKeys:
     """SHA-256 of each key."""
 
     @classmethod
-    def of(cls, keys: Iterable[str], file: str | Path | None = None, environment: Mapping[str, str] = {}) -> Self:  # noqa: B006  # read only
+    def of(
+        cls, keys: Iterable[str], file: str | Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> Self:
         """From given keys, a file of one key a line (empty lines and lines with # are comments), and the environment.
 
         ConfigError for a file that cannot be read or holds no key, and for a key that no client could send. Messages
@@ -34,7 +36,7 @@ class ApiKeys:
         wanted = list(keys)
         if file is not None:
             wanted += _read_keys(Path(file))
-        if ENVIRONMENT_VARIABLE in environment:
+        if environment and ENVIRONMENT_VARIABLE in environment:
             wanted.append(environment[ENVIRONMENT_VARIABLE])
         return cls(tuple(sorted({_digest(_checked(key)) for key in wanted})))
 
@@ -50,7 +52,8 @@ class ApiKeys:
             raise _unauthorized("this server asks for an API key; send it as Authorization: Bearer KEY")
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         # Every key is compared, whole, whatever the outcome of the others: the time taken tells nothing.
-        if not any([hmac.compare_digest(digest, known) for known in self.digests]):
+        matches = [hmac.compare_digest(digest, known) for known in self.digests]
+        if not any(matches):
             raise _unauthorized("the API key is not one of this server's; check the key that the client sends")
 
 
@@ -59,7 +62,9 @@ def _read_keys(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"the API key file {path} cannot be read ({reason}); give a text file of one key a line") from None
+        raise ConfigError(
+            f"the API key file {path} cannot be read ({reason}); give a text file of one key a line"
+        ) from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ConfigError(f"the API key file {path} holds no key; write one a line, or leave the option out")

@@ -1,43 +1,64 @@
-"""The Ray Serve deployments: the ingress that answers HTTP, and the owner of a deployment that Serve itself starts.
+"""The Ray Serve deployment that answers HTTP.
 
-The ingress process imports no torch: it tokenises, talks to attention workers over links, and writes JSON.
+Its processes import no torch: they tokenise, talk to attention workers over links, and write JSON.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import msgspec
 from ray import serve
 
-from deepseek_ray.actors.deployment import Deployment, start_deployment
-from deepseek_ray.actors.record import read_record
+from deepseek_ray.actors.lease import Lease
+from deepseek_ray.actors.record import require_record
 from deepseek_ray.actors.request_session import DeploymentClient
-from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.engine.tokenizer import Tokenizer
-from deepseek_ray.errors import UnavailableError
-from deepseek_ray.serving.api import Api, build_api
+from deepseek_ray.errors import DeploymentError, UnavailableError
+from deepseek_ray.serving.api import Api
+from deepseek_ray.serving.auth import ApiKeys
+from deepseek_ray.serving.job import ApiContext
 from deepseek_ray.serving.limits import ApiLimits
+
+logger = logging.getLogger(__name__)
 
 _UNREACHABLE_SECONDS = 60.0
 """Longest time without a ready backend before Serve may replace the ingress. Long, since a replacement breaks the
 streams that the ingress holds and helps only when its own connections are at fault."""
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class ServedEngine:
+    """A model of the API and the deployment that generates for it."""
+
+    deployment: str
+    served_model_name: str | None
+    """None takes the deployment's own."""
+    limits: ApiLimits
 
 
 @serve.ingress()
 class OpenAIIngress:
-    """Answers the OpenAI API for one deployment of this cluster."""
+    """Answers the OpenAI API for deployments of this cluster."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, deployment: str, limits: ApiLimits, owner: serve.handle.DeploymentHandle | None = None
+        self, engines: Sequence[ServedEngine], keys: ApiKeys, owner: serve.handle.DeploymentHandle | None = None
     ) -> None:
-        """`owner` starts the deployment and is waited for; None when somebody else has started it already."""
-        if owner is not None:
-            await owner.started.remote()
-        self._client = await DeploymentClient.connect(deployment)
-        description = await self._client.describe()
-        tokenizer = Tokenizer.from_dir(description.model_dir)
+        """Returns when every engine can generate.
+
+        With an `owner` the engines live at least as long as this process: it finishes what it answers after Serve has
+        turned to its successor, whose engines may be others. None when somebody else has started them and ends them.
+        """
+        self._clients: list[DeploymentClient] = []
+        self._leases: list[Lease] = []
+        contexts = await asyncio.gather(*(self._connect(engine, owner is not None) for engine in engines))
         # Serve's proxy puts X-Request-Id on every reply.
-        self._api = build_api(self._client, tokenizer, description, limits, echo_request_id=False)
+        self._api = Api(contexts, keys, echo_request_id=False)
         self._last_ready = time.monotonic()
 
     def __serve_build_asgi_app__(self) -> Api:
@@ -53,26 +74,31 @@ class OpenAIIngress:
         if await self._api.ready():
             self._last_ready = now
         elif now - self._last_ready > _UNREACHABLE_SECONDS:
-            raise UnavailableError(f"the deployment was not ready for {now - self._last_ready:.0f} s")
+            raise UnavailableError(f"a model was not ready for {now - self._last_ready:.0f} s")
 
     async def __del__(self) -> None:
-        if hasattr(self, "_client"):
-            await self._client.close()
+        for client in getattr(self, "_clients", ()):
+            await client.close()
+        for lease in getattr(self, "_leases", ()):
+            await asyncio.to_thread(lease.release)
 
+    async def _connect(self, engine: ServedEngine, holds_lease: bool) -> ApiContext:
+        """Wait for the engine, which its owner may be starting just now."""
+        client = await self._client(engine.deployment)
+        self._clients.append(client)
+        if holds_lease:
+            self._leases.append(Lease(require_record(engine.deployment)))
+        description = await client.describe()
+        if engine.served_model_name is not None:
+            description = msgspec.structs.replace(description, served_model_name=engine.served_model_name)
+        return ApiContext(client, Tokenizer.from_dir(description.model_dir), description, engine.limits)
 
-class DeploymentOwner:
-    """Starts a deployment with the Serve application it belongs to, and ends it with that."""
-
-    def __init__(self, config: DeploymentConfig) -> None:
-        record = read_record(config.name)
-        # An owner that Serve has restarted takes over what the last one started.
-        same = record is not None and record.config == config
-        self._deployment = Deployment(record) if record is not None and same else start_deployment(config)
-
-    def started(self) -> bool:
-        """Returns once the constructor has: the deployment can generate."""
-        return True
-
-    def __del__(self) -> None:
-        if hasattr(self, "_deployment"):
-            self._deployment.stop()
+    async def _client(self, name: str) -> DeploymentClient:
+        while True:
+            try:
+                client = await DeploymentClient.connect(name)
+                if await client.ready():
+                    return client
+            except DeploymentError:
+                logger.debug("%s does not run yet", name)
+            await asyncio.sleep(_POLL_SECONDS)

@@ -17,8 +17,10 @@ from deepseek_ray.actors.cluster import Cluster, join_or_start
 from deepseek_ray.actors.deployment import Deployment, start_deployment
 from deepseek_ray.actors.record import read_record
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.config.serving import IngressConfig
 from deepseek_ray.errors import DeploymentError
-from deepseek_ray.serving.app import build_app
+from deepseek_ray.serving.app import build_api_app
+from deepseek_ray.serving.auth import ApiKeys
 from deepseek_ray.serving.claim import ServerClaim
 from deepseek_ray.serving.port import is_loopback, url_host
 
@@ -32,9 +34,17 @@ _ROUTE = "/"
 class ModelServer:
     """Cluster, deployment and HTTP API of one model. Every step undoes itself when a later one fails."""
 
-    def __init__(self, config: DeploymentConfig, claim: ServerClaim) -> None:
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        claim: ServerClaim,
+        api: IngressConfig = IngressConfig(),
+        keys: ApiKeys = ApiKeys(),
+    ) -> None:
         """Starts nothing yet. `claim` is released by `stop` or when a step fails."""
         self._config = config
+        self._api = api
+        self._keys = keys
         self._claim = claim
         self._host, self._port = claim.host, claim.port
         self._application = f"deepseek-ray-{config.name}"
@@ -84,7 +94,7 @@ class ModelServer:
         if self._deployment is not None and drain_seconds > 0:
             try:
                 handle = serve.get_app_handle(self._application)
-                handle.drain.remote(drain_seconds).result(timeout_s=drain_seconds + 5)
+                handle.broadcast("drain", drain_seconds).results(timeout_s=drain_seconds + 5)
             except Exception as error:  # whatever is the matter with the ingress, the rest still has to go
                 logger.warning("requests were not drained: %s", error)
         self._undo.close()
@@ -115,7 +125,8 @@ class ModelServer:
         try:
             if starts_serve:
                 serve.start(proxy_location="EveryNode", http_options={"host": self._host, "port": self._port})
-            serve.run(build_app(self._config, node_id=node_id), name=self._application, route_prefix=_ROUTE)
+            app = build_api_app(self._config, self._api, self._keys, node_id)
+            serve.run(app, name=self._application, route_prefix=_ROUTE)
         except (RuntimeError, ray.exceptions.RayError) as error:
             raise DeploymentError(f"the HTTP API cannot start: {error}") from None
 

@@ -60,3 +60,21 @@ def test_a_deployment_is_an_orphan_when_no_owner_renewed_in_time() -> None:
     leases.renew("cli", now=31)
     assert not leases.orphaned(now=60)
     assert leases.orphaned(now=62)
+
+
+def test_the_last_owner_that_leaves_makes_an_orphan_at_once() -> None:
+    leases = Leases(timeout_seconds=30, started=0)
+    leases.renew("old", now=1)
+    leases.renew("new", now=2)
+    leases.release("old")
+    assert not leases.orphaned(now=3)
+    leases.release("new")
+    assert leases.orphaned(now=3)
+    leases.renew("newest", now=4)
+    assert not leases.orphaned(now=5)
+
+
+def test_a_release_by_somebody_unknown_changes_nothing() -> None:
+    leases = Leases(timeout_seconds=30, started=0)
+    leases.release("of an earlier router's time")
+    assert not leases.orphaned(now=29)

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from deepseek_ray.config.base import FrozenConfig
 from deepseek_ray.config.data import DataConfig
+from deepseek_ray.config.distributed import DistributedConfig
+from deepseek_ray.config.division import check_division
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.errors import ConfigError
-
-AVAILABLE_STRATEGIES = ("ddp",)
 
 
 class OptimizerConfig(FrozenConfig):
@@ -102,36 +102,6 @@ class TrainingConfig(FrozenConfig):
         return self
 
 
-class DistributedConfig(FrozenConfig):
-    """How one model is spread over workers."""
-
-    strategy: str = "ddp"
-    """`ddp`: every worker holds the whole model and the gradients are averaged."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    pipeline_parallel_size: int = Field(default=1, ge=1)
-    data_parallel_size: int = Field(default=1, ge=1)
-    """Workers that read different sequences."""
-    expert_parallel_size: int = Field(default=1, ge=1)
-    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
-    """Forward passes per optimiser step and worker; None derives it from the batch sizes."""
-    timeout_s: int = Field(default=1800, ge=1)
-    """Seconds after which a collective operation between workers counts as failed."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.strategy not in AVAILABLE_STRATEGIES:
-            raise ConfigError(
-                f"distributed.strategy is {self.strategy!r}; available: {', '.join(AVAILABLE_STRATEGIES)}"
-            )
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ConfigError(
-                    f"distributed.{name} is {getattr(self, name)}; strategy 'ddp' keeps the whole model in every "
-                    "worker, so set it to 1 and raise data_parallel_size instead"
-                )
-        return self
-
-
 class PretrainConfig(FrozenConfig):
     """A whole pre-training run."""
 
@@ -156,12 +126,12 @@ class PretrainConfig(FrozenConfig):
 
     @property
     def num_workers(self) -> int:
-        return self.distributed.data_parallel_size
+        return self.distributed.num_workers
 
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one worker per optimiser step."""
-        return self.training.global_batch_size // (self.training.micro_batch_size * self.num_workers)
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.distributed.num_readers)
 
     @property
     def tokens_per_step(self) -> int:
@@ -195,6 +165,7 @@ class PretrainConfig(FrozenConfig):
     def _check(self) -> Self:
         self._check_batches()
         self._check_model_against_data()
+        check_division(self.model, self.distributed, self.accumulation_steps)
         if self.schedule.warmup_steps > self.total_steps:
             raise ConfigError(
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}, above the {self.total_steps} steps of the "
@@ -204,16 +175,17 @@ class PretrainConfig(FrozenConfig):
 
     def _check_batches(self) -> None:
         global_size, micro_size = self.training.global_batch_size, self.training.micro_batch_size
-        if global_size % (micro_size * self.num_workers):
+        readers, mesh = self.distributed.num_readers, self.distributed.describe_mesh()
+        if global_size % (micro_size * readers):
             raise ConfigError(
                 f"training.global_batch_size is {global_size}, not a multiple of micro_batch_size {micro_size} times "
-                f"data_parallel_size {self.num_workers}; change one of them"
+                f"{readers}, the number of workers that read different sequences ({mesh}); change one of them"
             )
         wanted = self.distributed.gradient_accumulation_steps
         if wanted is not None and wanted != self.accumulation_steps:
             raise ConfigError(
                 f"distributed.gradient_accumulation_steps is {wanted}, but global_batch_size {global_size} / "
-                f"(micro_batch_size {micro_size} x data_parallel_size {self.num_workers}) is "
+                f"(micro_batch_size {micro_size} x {readers} readers: {mesh}) is "
                 f"{self.accumulation_steps}; leave it out or change the batch sizes"
             )
 

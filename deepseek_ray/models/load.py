@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.decoder import DeepSeekForCausalLM, MTPLayer
 from deepseek_ray.models.save import DEFAULT_SHARD_BYTES, save_checkpoint
@@ -72,11 +73,16 @@ def save_model(
 
 def state_to_hf(model: DeepSeekForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model's checkpoint by its public name; views of the model's own, not copies."""
-    width = model.config.moe_intermediate_size
-    for own_name, tensor in model.state_dict().items():
-        if own_name == "lm_head.weight" and model.config.tie_word_embeddings:
+    return to_hf_names(model.config, model.state_dict().items())
+
+
+def to_hf_names(config: ModelConfig, own: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint names for tensors with the module's names, one after the other as they come."""
+    width = config.moe_intermediate_size
+    for own_name, tensor in own:
+        if own_name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        name = _MTP_NAME.sub(lambda match: f"model.layers.{model.config.num_hidden_layers + int(match[1])}.", own_name)
+        name = _MTP_NAME.sub(lambda match: f"model.layers.{config.num_hidden_layers + int(match[1])}.", own_name)
         if name.endswith(_GATE_UP):
             prefix = name.removesuffix(_GATE_UP)
             for expert, both in enumerate(tensor):

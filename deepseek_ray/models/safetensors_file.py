@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,21 @@ def open_safetensors(path: Path) -> Any:
         ) from None
 
 
+def stream_float32(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write and fsync one file of float32 tensors as they come, holding one at a time.
+
+    `tensors` are those of `shapes`, in its order. Raises OSError as the system does.
+    """
+    expected = {name: torch.empty(tuple(shape), dtype=torch.float32, device="meta") for name, shape in shapes.items()}
+    with path.open("wb") as file:
+        file.write(_header(list(expected.items())))
+        for (name, like), (given, tensor) in zip(expected.items(), tensors, strict=True):
+            assert (given, tensor.shape, tensor.dtype) == (name, like.shape, like.dtype), (name, given, tensor.shape)
+            file.write(_raw(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Write and fsync one file. Raises OSError as the system does; the caller removes what was left."""
     # Wide dtypes first, so that every tensor starts at a multiple of its item size.
@@ -46,8 +61,7 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None
         file.write(_header(ordered))
         for _, tensor in ordered:
             if tensor.numel():
-                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(raw.numpy().data)
+                file.write(_raw(tensor))
         file.flush()
         os.fsync(file.fileno())
 
@@ -63,6 +77,10 @@ def require_finite(name: str, tensor: Tensor, where: object) -> None:
             f"{where}: tensor {name} holds {len(bad)} values that are not finite, the first "
             f"{tensor[tuple(place)].item()} at {place}; weights must be finite: go back to an earlier checkpoint"
         )
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:

@@ -84,8 +84,9 @@ class MoE(nn.Module):
         Forwards in eval mode do not count, nor do those that activation checkpointing repeats.
         """
         counts, self._counts = self._counts, None
-        weight = self.gate.weight
-        return torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device) if counts is None else counts
+        if counts is not None:
+            return counts
+        return torch.zeros(self.gate.config.n_routed_experts, dtype=torch.int64, device=self.gate.weight.device)
 
     def _record(self, counts: Tensor) -> None:
         if self.training and not is_recomputing():

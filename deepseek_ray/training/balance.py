@@ -8,6 +8,7 @@ Letters: L mixture-of-experts layers, E routed experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -50,7 +51,7 @@ class Balancer:
     so every rank computes the same new biases and they never need to be broadcast.
     """
 
-    def __init__(self, layers: list[BalancedLayer], speed: float, ranks: Ranks) -> None:
+    def __init__(self, layers: Sequence[BalancedLayer], speed: float, ranks: Ranks) -> None:
         self._layers = layers
         self._speed = speed
         self._ranks = ranks

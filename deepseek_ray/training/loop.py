@@ -27,19 +27,21 @@ from deepseek_ray.models.decoder import DeepSeekForCausalLM
 from deepseek_ray.training.checkpoint import CheckpointStore
 from deepseek_ray.training.evaluate import validate
 from deepseek_ray.training.metrics import MetricsWriter
-from deepseek_ray.training.optimizer import build_optimizer
+from deepseek_ray.training.objective import trains_mtp
+from deepseek_ray.training.parallel import Parallelism
 from deepseek_ray.training.ranks import Ranks
 from deepseek_ray.training.result import PretrainResult
 from deepseek_ray.training.rng import gather_rng_states, restore_rng_state, seed_worker
 from deepseek_ray.training.state import (
+    Snapshot,
     TrainerState,
     checkpoint_bytes,
     read_state,
     restore_model,
     restore_trainer,
-    write_checkpoint,
 )
-from deepseek_ray.training.step import TrainStep, trains_mtp
+from deepseek_ray.training.step import TrainStep
+from deepseek_ray.training.strategies import parallelism_for
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +89,7 @@ class _Run:
     run_dir: Path
     data: PreparedData
     ranks: Ranks
-    model: DeepSeekForCausalLM
-    optimizer: torch.optim.Optimizer
+    parallelism: Parallelism
     train_step: TrainStep
     loader: TrainLoader
     store: CheckpointStore
@@ -102,6 +103,7 @@ class _Run:
     @classmethod
     def start(cls, config: PretrainConfig, run_dir: Path, data: PreparedData, ranks: Ranks) -> _Run:
         """Build everything and go to where the newest valid checkpoint stands."""
+        parallelism = parallelism_for(config, ranks)
         store = CheckpointStore(run_dir / CHECKPOINTS_DIR, config.training.keep_checkpoints)
         checkpoint = ranks.on_first(lambda: _newest(store))
         model = build_model(config, data)
@@ -112,11 +114,10 @@ class _Run:
             step, values = state.step, state.metrics
             cursor = DataCursor.from_dict(state.cursor, cursor.num_samples, cursor.seed)
             restore_model(checkpoint, model)
-        model.to(ranks.device)
-        optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+        parallelism.prepare(model)
         seed_worker(config.training.seed, ranks.rank, step)
         if checkpoint is not None:
-            rng = restore_trainer(checkpoint, model, optimizer)
+            rng = restore_trainer(checkpoint, parallelism)
             restore_rng_state(rng, ranks, config.training.seed, step)
             logger.info("going on after step %d of %d from %s", step, config.total_steps, checkpoint)
         return cls(
@@ -124,10 +125,9 @@ class _Run:
             run_dir=run_dir,
             data=data,
             ranks=ranks,
-            model=model,
-            optimizer=optimizer,
-            train_step=TrainStep(model, optimizer, config, ranks),
-            loader=_loader(config, data, cursor, ranks),
+            parallelism=parallelism,
+            train_step=TrainStep(parallelism),
+            loader=_loader(config, data, cursor, parallelism.data),
             store=store,
             metrics=MetricsWriter(run_dir, step) if ranks.is_first else None,
             step=step,
@@ -155,15 +155,18 @@ class _Run:
         state = TrainerState(self.step, self.loader.cursor.to_dict(), self.values, self.config.model_dump(mode="json"))
         rng = gather_rng_states(self.ranks)
 
-        def write(directory: Path) -> None:
-            write_checkpoint(directory, self.model, self.optimizer, state, rng, self.data.tokenizer_dir)
+        snapshot = Snapshot(self.parallelism)
 
         def publish() -> None:
             assert self.metrics is not None
             self.metrics.sync()
-            self.store.save(self.step, write, checkpoint_bytes(self.model))
+            self.store.save(
+                self.step,
+                lambda directory: snapshot.write(directory, state, rng, self.data.tokenizer_dir),
+                checkpoint_bytes(self.parallelism.trained),
+            )
 
-        self.ranks.on_first(publish)
+        self.ranks.on_first(publish, meanwhile=snapshot.drain)
 
     def close(self) -> None:
         if self.metrics is not None:
@@ -184,7 +187,7 @@ class _Run:
     def _validate(self, is_last: bool) -> dict[str, Any]:
         training = self.config.training
         samples = training.final_validation_samples if is_last else training.validation_samples
-        measured = validate(self.model, self.data.validation, self.config, self.ranks, samples)
+        measured = validate(self.parallelism, self.data.validation, samples)
         return {
             "validation_loss": measured.loss,
             "validation_bits_per_byte": measured.bits_per_byte,
@@ -217,13 +220,13 @@ def _newest(store: CheckpointStore) -> Path | None:
     return newest[1] if newest else None
 
 
-def _loader(config: PretrainConfig, data: PreparedData, cursor: DataCursor, ranks: Ranks) -> TrainLoader:
+def _loader(config: PretrainConfig, data: PreparedData, cursor: DataCursor, readers: Ranks) -> TrainLoader:
     return TrainLoader(
         data.train,
         config.data.sequence_length,
         cursor,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=readers.rank,
+        world_size=readers.world_size,
         per_rank_batch=config.training.micro_batch_size,
         accumulation=config.accumulation_steps,
     )

@@ -6,18 +6,21 @@
     trainer/state.json                                   step, data cursor, last metrics, configuration
     manifest.json                                        sizes and sha256 (training/checkpoint.py)
 
+All tensors are whole, whatever strategy trained: a checkpoint resumes under any other and at any world size.
 The trainer's tensors lie in a folder of their own because readers load every `*.safetensors` beside config.json.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,8 +28,11 @@ from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.decoder import DeepSeekForCausalLM
-from deepseek_ray.models.load import load_weights, save_model
-from deepseek_ray.training.optimizer_state import optimizer_tensors, restore_optimizer
+from deepseek_ray.models.load import load_weights, to_hf_names
+from deepseek_ray.models.safetensors_file import stream_float32
+from deepseek_ray.models.save import save_checkpoint
+from deepseek_ray.training.optimizer_state import OptimizerFile, state_shapes
+from deepseek_ray.training.parallel import Parallelism
 
 _FOLDER, _OPTIMIZER, _RNG, _STATE = "trainer", "optimizer.safetensors", "rng.safetensors", "state.json"
 _BYTES_PER_PARAMETER = 12
@@ -45,29 +51,37 @@ class TrainerState:
     config: dict[str, Any]
 
 
-def checkpoint_bytes(model: DeepSeekForCausalLM) -> int:
-    """About how large a checkpoint of this model is."""
-    return _BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+def checkpoint_bytes(trained: Mapping[str, tuple[int, ...]]) -> int:
+    """About how large a checkpoint with these trained parameters is."""
+    return _BYTES_PER_PARAMETER * sum(math.prod(shape) for shape in trained.values())
 
 
-def write_checkpoint(
-    directory: Path,
-    model: DeepSeekForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    rng: dict[str, Tensor],
-    tokenizer_dir: Path,
-) -> None:
-    """Fill `directory`, which is published by the caller (`CheckpointStore.save`)."""
-    save_model(model, directory)
-    for path in tokenizer_dir.iterdir():
-        shutil.copyfile(path, directory / path.name)
-    folder = directory / _FOLDER
-    folder.mkdir()
-    moments = optimizer_tensors(model.named_parameters(), optimizer)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in moments.items()}, folder / _OPTIMIZER)
-    save_file(rng, folder / _RNG)
-    (folder / _STATE).write_text(json.dumps(state.__dict__, indent=2) + "\n", encoding="utf-8")
+class Snapshot:
+    """The tensors of a checkpoint, gathered on rank 0 one at a time while it writes.
+
+    Rank 0 calls `write`, the others `drain`; both take part in the same exchanges in the same order.
+    """
+
+    def __init__(self, parallelism: Parallelism) -> None:
+        self._parallelism = parallelism
+        self._weights, self._moments = parallelism.weights(), parallelism.optimizer_state()
+
+    def write(self, directory: Path, state: TrainerState, rng: dict[str, Tensor], tokenizer_dir: Path) -> None:
+        """Fill `directory`, which is published by the caller (`CheckpointStore.save`)."""
+        config, trained = self._parallelism.model.config, self._parallelism.trained
+        save_checkpoint(directory, config, to_hf_names(config, self._weights))
+        for path in tokenizer_dir.iterdir():
+            shutil.copyfile(path, directory / path.name)
+        folder = directory / _FOLDER
+        folder.mkdir()
+        stream_float32(folder / _OPTIMIZER, state_shapes(trained), self._moments)
+        save_file(rng, folder / _RNG)
+        (folder / _STATE).write_text(json.dumps(state.__dict__, indent=2) + "\n", encoding="utf-8")
+
+    def drain(self) -> None:
+        """Take part in what is left to gather, and drop it."""
+        for _ in chain(self._weights, self._moments):
+            pass
 
 
 def read_state(directory: Path) -> TrainerState:
@@ -86,10 +100,10 @@ def restore_model(directory: Path, model: DeepSeekForCausalLM) -> None:
     load_weights(model, reader)
 
 
-def restore_trainer(directory: Path, model: DeepSeekForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def restore_trainer(directory: Path, parallelism: Parallelism) -> dict[str, Tensor]:
     """Put the optimiser's state back and return the random number generators' states; see `rng.py`."""
     folder = directory / _FOLDER
-    restore_optimizer(model.named_parameters(), optimizer, load_file(folder / _OPTIMIZER), str(folder / _OPTIMIZER))
+    parallelism.load_optimizer_state(OptimizerFile(folder / _OPTIMIZER, parallelism.trained))
     return load_file(folder / _RNG)
 
 

@@ -54,8 +54,8 @@ def test_vocabulary_follows_the_tokenizer_to_train() -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"distributed": {"strategy": "fsdp"}}, r"strategy is 'fsdp'; available: ddp"),
-        ({"distributed": {"tensor_parallel_size": 2}}, r"tensor_parallel_size is 2.*data_parallel_size instead"),
+        ({"distributed": {"strategy": "magic"}}, r"distributed.strategy is 'magic'.*'ddp'"),
+        ({"distributed": {"tensor_parallel_size": 2}}, r"tensor_parallel_size is 2, but strategy 'ddp' .* to 'tensor'"),
         ({"distributed": {"data_parallel_size": 3}}, r"global_batch_size is 8, not a multiple.*data_parallel_size 3"),
         ({"distributed": {"gradient_accumulation_steps": 3}}, r"gradient_accumulation_steps is 3, but.* is 4"),
         ({"training": {"steps": None}}, r"steps is None and training.tokens is None; set exactly one"),

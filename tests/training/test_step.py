@@ -17,8 +17,10 @@ from deepseek_ray.models.decoder import DeepSeekForCausalLM
 from deepseek_ray.training.evaluate import validate
 from deepseek_ray.training.loop import build_model
 from deepseek_ray.training.optimizer import build_optimizer
+from deepseek_ray.training.parallel import Parallelism
 from deepseek_ray.training.ranks import Ranks
 from deepseek_ray.training.step import StepMetrics, TrainStep
+from deepseek_ray.training.strategies import parallelism_for
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +28,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     return small_data(tmp_path_factory.mktemp("corpus"))
 
 
+def step_of(model: DeepSeekForCausalLM, config: PretrainConfig) -> TrainStep:
+    return TrainStep(prepared(model, config))
+
+
+def prepared(model: DeepSeekForCausalLM, config: PretrainConfig) -> Parallelism:
+    parallelism = parallelism_for(config, Ranks())
+    parallelism.prepare(model)
+    return parallelism
+
+
 def run_steps(
     config: PretrainConfig, data: PreparedData, num_steps: int
 ) -> tuple[DeepSeekForCausalLM, list[StepMetrics]]:
     model = build_model(config, data)
-    step = TrainStep(model, build_optimizer(model.named_parameters(), config.optimizer), config, Ranks())
+    step = step_of(model, config)
     loader = batches_of(config, data)
     return model, [
         step.run(number, [next(loader) for _ in range(config.accumulation_steps)]) for number in range(1, num_steps + 1)
@@ -133,7 +145,7 @@ def test_balancing_evens_out_the_load(data: PreparedData) -> None:
         bias = model.moe_modules[0].correction_bias
         assert bias is not None
         bias.copy_(torch.tensor([0.1, 0.1, 0.0, 0.0]))
-        step = TrainStep(model, build_optimizer(model.named_parameters(), config.optimizer), config, Ranks())
+        step = step_of(model, config)
         loader = batches_of(config, data)
         measured = [
             step.run(number, [next(loader) for _ in range(config.accumulation_steps)]) for number in range(1, 13)
@@ -165,7 +177,7 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_change(data: Prepar
     else:
         model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    step = TrainStep(model, build_optimizer(model.named_parameters(), config.optimizer), config, Ranks())
+    step = step_of(model, config)
     loader = batches_of(config, data)
     what = "the loss is nan" if poison == "weight" else "the gradient's norm is"
     with pytest.raises(TrainingError, match=rf"step 7: {what}.*learning rate .*lower optimizer.lr"):
@@ -189,8 +201,9 @@ def test_validation_changes_nothing(data: PreparedData) -> None:
     model = build_model(config, data)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rng = torch.get_rng_state()
-    first = validate(model, data.validation, config, Ranks(), None)
-    assert validate(model, data.validation, config, Ranks(), None) == first
+    parallelism = prepared(model, config)
+    first = validate(parallelism, data.validation, None)
+    assert validate(parallelism, data.validation, None) == first
     assert torch.equal(rng, torch.get_rng_state())
     assert model.moe_modules[0].take_counts().sum() == 0
     for name, value in model.state_dict().items():

@@ -1,0 +1,73 @@
+"""How the workers of a run share one model: the section `distributed:`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from deepseek_ray.config.base import FrozenConfig
+from deepseek_ray.errors import ConfigError
+
+Strategy = Literal["ddp", "tensor", "expert", "pipeline"]
+
+_OWN_SIZE = {"tensor": "tensor_parallel_size", "expert": "expert_parallel_size", "pipeline": "pipeline_parallel_size"}
+"""Of the strategies that divide the model itself: among how many workers."""
+
+
+class DistributedConfig(FrozenConfig):
+    """How one model is spread over workers."""
+
+    strategy: Strategy = "ddp"
+    """`ddp`: every worker holds the whole model and the gradients are averaged. `tensor`: workers share every matrix
+    product. `expert`: workers share the routed experts. `pipeline`: workers have different layers."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Workers that share one model with strategy `tensor`."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Stages of one model with strategy `pipeline`."""
+    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of forward and backward passes in a pipeline; gpipe keeps the activations of all micro-batches."""
+    data_parallel_size: int = Field(default=1, ge=1)
+    """Models that are trained side by side on different sequences; the run has this times the strategy's own size of
+    workers."""
+    expert_parallel_size: int = Field(default=1, ge=1)
+    """Workers that share one set of routed experts with strategy `expert`; each reads its own sequences."""
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    """Forward passes per optimiser step and worker; None derives it from the batch sizes."""
+    timeout_s: int = Field(default=1800, ge=1)
+    """Seconds after which a collective operation between workers counts as failed."""
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of the whole run."""
+        return (
+            self.data_parallel_size
+            * self.tensor_parallel_size
+            * self.expert_parallel_size
+            * self.pipeline_parallel_size
+        )
+
+    @property
+    def num_readers(self) -> int:
+        """Workers, or groups of workers, that read different sequences."""
+        return self.data_parallel_size * self.expert_parallel_size
+
+    def describe_mesh(self) -> str:
+        sizes = ["data_parallel_size", *([_OWN_SIZE[self.strategy]] if self.strategy in _OWN_SIZE else [])]
+        return " x ".join(f"{name} {getattr(self, name)}" for name in sizes)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        own = _OWN_SIZE.get(self.strategy)
+        for strategy, name in _OWN_SIZE.items():
+            if name != own and getattr(self, name) != 1:
+                raise ConfigError(
+                    f"distributed.{name} is {getattr(self, name)}, but strategy {self.strategy!r} does not divide a "
+                    f"model in this way; set it to 1, or the strategy to {strategy!r}"
+                )
+        if own is not None and getattr(self, own) == 1:
+            raise ConfigError(
+                f"distributed.strategy is {self.strategy!r} and {own} is 1; set it to at least 2, or the strategy to "
+                "ddp"
+            )
+        return self

@@ -15,14 +15,15 @@ _HOME_OF = {
     "LLM": "deepseek_ray.llm",
     "RequestOutput": "deepseek_ray.llm",
     "SamplingParams": "deepseek_ray.messages",
+    "StructuredOutputsParams": "deepseek_ray.messages",
 }
 
 if TYPE_CHECKING:
     from deepseek_ray.config.run import DistributedConfig
     from deepseek_ray.llm import LLM, RequestOutput
-    from deepseek_ray.messages import SamplingParams
+    from deepseek_ray.messages import SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "DistributedConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "DistributedConfig", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

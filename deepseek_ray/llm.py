@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.engine.grammar_check import GrammarChecker
 from deepseek_ray.engine.request_output import CompletionOutput, RequestOutput
-from deepseek_ray.engine.requests import check_request, expand_request
+from deepseek_ray.engine.requests import check_needs_no_tokenizer, check_request, expand_request
 from deepseek_ray.errors import CheckpointError, ConfigError, RequestError, UnavailableError
-from deepseek_ray.messages import GenerateRequest, SamplingParams
+from deepseek_ray.messages import GenerateRequest, SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from deepseek_ray.engine.offline import OfflineBackend
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
 Prompt = str | list[int]
 
@@ -83,6 +84,7 @@ class LLM:
             )
         self._model_dir = str(model_dir)
         self._num_requests = 0
+        self._grammar_checker = GrammarChecker()
         self._backend = _BACKENDS[backend](config)
 
     def generate(
@@ -143,6 +145,10 @@ class LLM:
         else:
             token_ids, text = prompt, None
         params.validate(backend.vocab_size)
+        if params.structured_outputs is not None:
+            if backend.tokenizer is None:
+                check_needs_no_tokenizer(params)
+            self._grammar_checker.check(params.structured_outputs)
         expanded = expand_request(GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, params=params))
         check_request(expanded[0], backend.vocab_size, backend.max_model_len)
         outputs = [CompletionOutput(index) for index in range(params.n)]

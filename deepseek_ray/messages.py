@@ -5,9 +5,73 @@ msgspec structs: encoded as MessagePack on links (never pickle), validated while
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import msgspec
 
 from deepseek_ray.errors import RequestError
+
+
+class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True):
+    """What the output must look like: exactly one of the first five. Names are vLLM's."""
+
+    json: str | dict[str, Any] | None = None
+    """A JSON schema, as an object or as text; kept as text. The output is one JSON value that it accepts."""
+    regex: str | None = None
+    """The whole output matches it. Syntax of Rust's `regex` crate: no look-around, no back-references."""
+    choice: list[str] | None = None
+    """The output is one of these."""
+    grammar: str | None = None
+    """A context-free grammar in llguidance's variant of Lark; its rule `start` is the output."""
+    json_object: bool | None = None
+    """True: any JSON object."""
+    disable_any_whitespace: bool = False
+    """JSON without spaces and line breaks between its parts. Else the model may put some there, a few at a time."""
+    whitespace_pattern: str | None = None
+    """A regex for what may stand between the parts of JSON."""
+
+    def __post_init__(self) -> None:
+        # As text the schema keeps its order and its numbers on every wire, and is a key to look up a compiled one.
+        if isinstance(self.json, dict):
+            try:
+                text = json.dumps(self.json)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RequestError(f"the schema cannot be written as JSON: {error}", _JSON_FIELD) from None
+            msgspec.structs.force_setattr(self, "json", text)
+
+    @property
+    def constraints(self) -> list[str]:
+        """Names of the constraints that are given; a valid request has one."""
+        return [name for name in _CONSTRAINTS if getattr(self, name) not in (None, False)]
+
+    @property
+    def field(self) -> str:
+        """Where the constraint stands in a request, for errors."""
+        return f"structured_outputs.{self.constraints[0]}"
+
+    def validate(self) -> None:
+        """Raise RequestError naming the field unless one constraint is given and its size is within bounds."""
+        if len(self.constraints) != 1:
+            found = ", ".join(self.constraints) or "none"
+            raise RequestError(
+                f"structured_outputs needs exactly one of {', '.join(_CONSTRAINTS)}; it has {found}",
+                "structured_outputs",
+            )
+        for text in self.choice or ():
+            if not text:
+                raise RequestError("a choice is empty; each needs at least one character", "structured_outputs.choice")
+        for name, longest in _LONGEST_CONSTRAINTS.items():
+            value = getattr(self, name)
+            length = sum(map(len, value)) if isinstance(value, list) else len(value or "")
+            if length > longest:
+                raise RequestError(
+                    f"{name} has {length} characters; at most {longest}: simplify it", f"structured_outputs.{name}"
+                )
+        if self.choice is not None and not 0 < len(self.choice) <= MAX_CHOICES:
+            raise RequestError(
+                f"choice lists {len(self.choice)} strings; list 1 to {MAX_CHOICES}", "structured_outputs.choice"
+            )
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
@@ -33,6 +97,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
     logprobs: int | None = None
     """Number of most likely tokens to report beside the chosen one; None reports nothing, 0 only the chosen one."""
     logit_bias: dict[int, float] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must look like; None leaves it free. The output ends when nothing more can follow."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -57,6 +123,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
                 raise RequestError(
                     f"a stop string has {len(text)} characters; it needs 1 to {MAX_STOP_LENGTH}", param="stop"
                 )
+        if self.structured_outputs is not None:
+            self.structured_outputs.validate()
         if vocab_size is not None:
             self._validate_ids(vocab_size)
 
@@ -78,6 +146,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True):
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LISTED_IDS = 1024
+MAX_CHOICES = 1024
+_JSON_FIELD = "structured_outputs.json"
+_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
+_LONGEST_CONSTRAINTS = {"json": 65536, "regex": 8192, "choice": 65536, "grammar": 32768, "whitespace_pattern": 256}
+"""In characters. What fits may still be too hard to compile: see engine/grammar.py."""
 _RANGES = (
     ("n", 1, 16),
     ("max_tokens", 1, 2**31 - 1),

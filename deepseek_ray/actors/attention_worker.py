@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -18,6 +19,7 @@ from deepseek_ray.actors.token_service import TokenService
 from deepseek_ray.control.membership import Directive, MemberReport, MemberState, ShardAddress
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.offline import tokenizer_beside
+from deepseek_ray.errors import RequestError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect, listen
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -67,6 +69,9 @@ class AttentionWorker:
             reader = CheckpointReader(Path(self._config.model_dir))
             decoder = PagedDecoder(reader, getattr(torch, self._config.dtype), self._experts)
             engine = Engine(decoder, tokenizer_beside(self._config.model_dir), self._config.engine)
+            if engine.grammars:
+                with contextlib.suppress(RequestError):  # said to whoever asks for a structured output
+                    engine.grammars.load()  # now: later it would hold up everybody's tokens
         except Exception as error:  # reported to whoever started the deployment, who ends it
             logger.exception("cannot load the model")
             self._state, self._error = "failed", str(error)

@@ -6,6 +6,7 @@ in one frame.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -17,7 +18,7 @@ import msgspec
 
 from deepseek_ray.actors.expert_client import StepInterruptedError
 from deepseek_ray.engine.engine import Engine
-from deepseek_ray.errors import DeepSeekRayError, LinkClosedError, LinkError
+from deepseek_ray.errors import DeepSeekRayError, LinkClosedError, LinkError, RequestError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import Listener
 from deepseek_ray.links.frame import FrameKind, message_frame, read_message
@@ -74,12 +75,21 @@ class TokenService:
                     continue
                 if frame.kind is FrameKind.BYE:
                     break
-                self._inbox.put((link, read_message(frame, _DECODER)))
+                message = read_message(frame, _DECODER)
+                self._compile(message)
+                self._inbox.put((link, message))
         except LinkClosedError:
             pass
         except LinkError as error:
             logger.warning("link to %s closed: %s", link.peer, error)
         self._inbox.put((link, _LinkLost()))
+
+    def _compile(self, message: ClientMessage) -> None:
+        """Compile a structured output's constraint here, in a reader's thread: other sequences go on meanwhile."""
+        assert self._engine is not None
+        if isinstance(message, GenerateRequest) and message.params.structured_outputs and self._engine.grammars:
+            with contextlib.suppress(RequestError):  # the engine says it again, to the client
+                self._engine.grammars.start(message.params.structured_outputs)
 
     def _run(self) -> None:
         try:

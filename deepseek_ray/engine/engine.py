@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from deepseek_ray.config.engine import EngineConfig
 from deepseek_ray.engine.generation import Generation
+from deepseek_ray.engine.grammar import Grammars
 from deepseek_ray.engine.kv_blocks import CachePlan, KVBlocks, plan_cache
-from deepseek_ray.engine.requests import check_request, max_output_tokens, sampling_seed
+from deepseek_ray.engine.requests import check_needs_no_tokenizer, check_request, max_output_tokens, sampling_seed
 from deepseek_ray.engine.runner import Decoder, DecoderShape, Runner
 from deepseek_ray.engine.scheduler import ScheduledSequence, Scheduler
 from deepseek_ray.engine.stats import EngineStats
@@ -57,6 +58,8 @@ class Engine:
         """Longest prompt + output in tokens; below the model's own when the cache holds less."""
         self._tokenizer = tokenizer
         self._eos_token_ids = tokenizer.eos_token_ids if tokenizer else _ids(decoder.config.eos_token_id)
+        self.grammars = Grammars(tokenizer, self.vocab_size, self._eos_token_ids) if tokenizer else None
+        """Constraints of structured outputs; other threads may compile there what requests will need."""
         self._clock = clock
         self._scheduler = Scheduler(
             KVBlocks(plan.num_blocks, config.block_size), config.max_num_seqs, config.max_num_batched_tokens
@@ -90,8 +93,8 @@ class Engine:
         A higher attempt of a request that still runs here takes its place.
         """
         check_request(request, self.vocab_size, self.max_model_len)
-        if request.params.stop_strings and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer and this model has none; use stop_token_ids", "stop")
+        if self._tokenizer is None:
+            check_needs_no_tokenizer(request.params)
         current = self._generations.get(request.request_id)
         if current is not None and current.request.attempt >= request.attempt:
             raise RequestError(
@@ -166,7 +169,9 @@ class Engine:
             Detokenizer(tokenizer, request.prompt_token_ids) if tokenizer else None,
         )
         deadline = None if request.deadline_seconds is None else self._clock() + request.deadline_seconds
-        generation = Generation(request, sampling_seed(request, self.config.seed), output, deadline)
+        structure = request.params.structured_outputs
+        grammar = self.grammars.start(structure) if self.grammars and structure else None
+        generation = Generation(request, sampling_seed(request, self.config.seed), output, deadline, grammar)
         finish = generation.replay()
         if finish:
             self._ended.append(generation.end(finish))

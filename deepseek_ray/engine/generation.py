@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_ray.engine.grammar import GrammarState
 from deepseek_ray.engine.sampler import check_finite, choose_token, describe_choice
 from deepseek_ray.engine.sequence import Sequence
 from deepseek_ray.engine.stop import Finish, OutputState
@@ -14,25 +15,39 @@ from deepseek_ray.messages import GenerateRequest, TokenEvent, TokenLogprob
 class Generation:
     """Turns rows of logits into token events.
 
-    `deadline` is a time of the engine's clock, None for no deadline. After `replay` a resumed request stands where the
-    interrupted one stood: text, stop strings and sampling position included.
+    `deadline` is a time of the engine's clock, None for no deadline; `grammar` is None for an output of any shape.
+    After `replay` a resumed request stands where the interrupted one stood: text, stop strings, grammar and sampling
+    position included.
     """
 
-    def __init__(self, request: GenerateRequest, seed: int, output: OutputState, deadline: float | None) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        seed: int,
+        output: OutputState,
+        deadline: float | None,
+        grammar: GrammarState | None = None,
+    ) -> None:
         self.request = request
         self.deadline = deadline
         self.sequence = Sequence(request)
         self._seed = seed
         self._output = output
+        self._grammar = grammar
         self._prompt_logprobs: list[TokenLogprob] = []
 
     def replay(self) -> Finish | None:
         """Feed the tokens that the client already has; how the output ended if it had ended with them."""
         for token_id in self.request.output_token_ids:
-            _, finish = self._output.push(token_id)
+            _, finish = self._push(token_id)
             if finish:
                 return finish
         return None
+
+    def _push(self, token_id: int) -> tuple[str, Finish | None]:
+        """`OutputState.push`, with the grammar taking the token too. RequestError if it cannot."""
+        complete = self._grammar is not None and self._grammar.accept(token_id)
+        return self._output.push(token_id, complete)
 
     def score(self, logits: NDArray[np.float32]) -> None:
         """Note how likely the prompt's next tokens were. `logits` [places, vocab_size]. Raises as `take` does."""
@@ -44,18 +59,24 @@ class Generation:
 
     def take(self, logits: NDArray[np.float32]) -> TokenEvent:
         """Choose the next token from `logits` [vocab_size]. GenerationError when there is none to choose."""
-        params, sequence = self.request.params, self.sequence
+        params, sequence, output = self.request.params, self.sequence, self._output
+        forbidden = output.forbidden_token_ids
+        allowed = None
+        if self._grammar is not None:
+            allowed = self._grammar.allowed(output.ending_token_ids, forbidden)
+            forbidden = frozenset()  # the mask has left them out, where anything else remained
         token_id = choose_token(
             logits,
             params,
             self._seed,
             sequence.token_ids,
             sequence.num_prompt_tokens,
-            self._output.forbidden_token_ids,
+            forbidden,
+            allowed,
         )
         logprobs = None if params.logprobs is None else [describe_choice(logits, token_id, params.logprobs)]
         index = sequence.num_output_tokens
-        text, finish = self._output.push(token_id)
+        text, finish = self._push(token_id)
         sequence.append(token_id)  # last: what failed above has added nothing
         return TokenEvent(
             request_id=self.request.request_id,

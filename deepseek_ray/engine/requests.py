@@ -31,6 +31,14 @@ def check_request(request: GenerateRequest, vocab_size: int, max_model_len: int)
         raise RequestError("deadline_seconds is not a number", param="deadline_seconds")
 
 
+def check_needs_no_tokenizer(params: SamplingParams) -> None:
+    """RequestError for what a model without a tokenizer cannot do."""
+    if params.stop_strings:
+        raise RequestError("stop strings need a tokenizer and this model has none; use stop_token_ids", "stop")
+    if params.structured_outputs is not None:
+        raise RequestError("structured outputs need a tokenizer and this model has none", "structured_outputs")
+
+
 def _check_ids(token_ids: list[int], param: str, vocab_size: int) -> None:
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:

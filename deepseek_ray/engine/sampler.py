@@ -27,16 +27,21 @@ def choose_token(
     token_ids: list[int],
     num_prompt_tokens: int,
     forbidden_token_ids: Iterable[int] = (),
+    allowed: NDArray[np.bool_] | None = None,
 ) -> int:
     """Choose what follows `token_ids` (prompt, then output). `logits` [vocab_size] float32.
 
-    GenerationError when a logit is not finite or every token is forbidden.
+    `allowed` [vocab_size] is the token mask of a structured output, None for a free one. GenerationError when a logit
+    is not finite or every token is forbidden.
     """
     check_finite(logits, len(token_ids))
-    scores = adjust_logits(logits, params, token_ids, num_prompt_tokens, forbidden_token_ids)
+    scores = adjust_logits(logits, params, token_ids, num_prompt_tokens, forbidden_token_ids, allowed)
     best = int(scores.argmax())  # the lowest id among equals
     if scores[best] == -np.inf:
-        raise GenerationError("min_tokens forbids every token of the vocabulary; lower it or list fewer stop ids")
+        raise GenerationError(
+            "min_tokens, with the structure of the output if it has one, forbids every token of the vocabulary; lower "
+            "it or list fewer stop ids"
+        )
     if params.temperature == 0:
         return best
     return draw(token_weights(scores, params), uniform(seed, len(token_ids) - num_prompt_tokens))
@@ -57,9 +62,15 @@ def adjust_logits(
     token_ids: list[int],
     num_prompt_tokens: int,
     forbidden_token_ids: Iterable[int],
+    allowed: NDArray[np.bool_] | None = None,
 ) -> Floats:
-    """Logits after `min_tokens`, `logit_bias` and the penalties, in this order; [vocab_size] float64."""
+    """Logits after the mask, `min_tokens`, `logit_bias` and the penalties, in this order; [vocab_size] float64.
+
+    What the first two forbid stays forbidden: no bias or penalty lifts minus infinity.
+    """
     scores = logits.astype(np.float64)
+    if allowed is not None:
+        scores[~allowed] = -np.inf
     for token_id in forbidden_token_ids:
         scores[token_id] = -np.inf
     for token_id, bias in (params.logit_bias or {}).items():

@@ -89,16 +89,25 @@ class OutputState:
         self._num_tokens = 0
 
     @property
+    def ending_token_ids(self) -> frozenset[int]:
+        """Ids that end the output."""
+        return self._eos_token_ids | self._stop_token_ids
+
+    @property
     def forbidden_token_ids(self) -> frozenset[int]:
         """Ids that must not be chosen next: those that end the output, while it is shorter than `min_tokens`."""
-        return self._eos_token_ids | self._stop_token_ids if self._num_tokens < self._min_tokens else frozenset()
+        return self.ending_token_ids if self._num_tokens < self._min_tokens else frozenset()
 
-    def push(self, token_id: int) -> tuple[str, Finish | None]:
-        """Take the next token: text that became final, and how the output ended if it did."""
+    def push(self, token_id: int, complete: bool = False) -> tuple[str, Finish | None]:
+        """Take the next token: text that became final, and how the output ended if it did.
+
+        `complete`: the output's structure lets nothing follow this token, which ends it whatever its length.
+        """
         self._num_tokens += 1
         armed = self._num_tokens > self._min_tokens
-        finish = self._finish_by_token(token_id, armed)
-        text = self._new_text(token_id, finish)
+        ending = self._finish_by_token(token_id, armed)
+        finish = ending or self._finish_otherwise(complete)
+        text = self._new_text(None if ending else token_id, finish is not None)
         shown, matched = self._stop_strings.push(text, armed)
         if matched is not None:
             return shown, Finish("stop", matched)
@@ -109,10 +118,16 @@ class OutputState:
             return Finish("stop")
         if armed and token_id in self._stop_token_ids:
             return Finish("stop", token_id)
+        return None
+
+    def _finish_otherwise(self, complete: bool) -> Finish | None:
+        if complete:
+            return Finish("stop")
         return Finish("length") if self._num_tokens >= self._max_output_tokens else None
 
-    def _new_text(self, token_id: int, finish: Finish | None) -> str:
+    def _new_text(self, token_id: int | None, last: bool) -> str:
+        """Text of the next token; None is one that ends the output and is no part of its text."""
         if self._detokenizer is None:
             return ""
-        text = "" if finish and finish.reason == "stop" else self._detokenizer.push([token_id])
-        return text + self._detokenizer.flush() if finish else text
+        text = "" if token_id is None else self._detokenizer.push([token_id])
+        return text + self._detokenizer.flush() if last else text

@@ -109,6 +109,10 @@ class Tokenizer:
             known = self._bytes_of[token_id] = self._compute_bytes(token_id)
         return known
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a `tokenizer.json`, for libraries that read one."""
+        return self._backend.to_str()
+
     def _compute_bytes(self, token_id: int) -> bytes:
         if not self.is_byte_level:
             return self.token_text(token_id).encode()

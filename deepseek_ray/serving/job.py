@@ -18,6 +18,7 @@ from deepseek_ray.serving.backend import Backend, ServedModel
 from deepseek_ray.serving.limits import ApiLimits
 from deepseek_ray.serving.replies import Usage
 from deepseek_ray.serving.schema import GenerationFields
+from deepseek_ray.serving.structure import wanted_structure
 
 _SAMPLING_FIELDS = (
     "n",
@@ -107,7 +108,8 @@ def sampling_params(
 ) -> SamplingParams:
     """The request's sampling fields over the defaults, checked."""
     given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(fields, name)) is not None}
-    params = SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+    structure = wanted_structure(fields)
+    params = SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=structure)
     params.validate(vocab_size)
     return params
 

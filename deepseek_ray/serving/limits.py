@@ -12,8 +12,8 @@ class ApiLimits(FrozenConfig):
 
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     """Longest request body; a longer one is refused while it is read (413)."""
-    max_json_depth: int = Field(default=16, ge=4)
-    """Deepest nesting of lists and objects in a body."""
+    max_json_depth: int = Field(default=64, ge=4)
+    """Deepest nesting of lists and objects in a body; a JSON schema takes two levels for each of its own."""
     max_messages: int = Field(default=1024, ge=1)
     """Messages of one conversation."""
     max_prompts: int = Field(default=64, ge=1)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from deepseek_ray.errors import RequestError
+from deepseek_ray.serving.structure import ResponseFormat, StructuredOutputs
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
@@ -105,6 +106,8 @@ class GenerationFields(StrictFields):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = None
     """vLLM's: part of the answer's id."""
 
@@ -174,12 +177,12 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "chat_template_kwargs": (lambda value: value == {}, "the server's own template is used as it is"),
     "function_call": (lambda value: value in ("none", "auto"), "calling functions is not supported"),
     "functions": (lambda value: value == [], "calling functions is not supported"),
+    **{
+        f"guided_{name}": (lambda value: False, f'it is now written "structured_outputs": {{"{name}": ...}}')
+        for name in ("choice", "grammar", "json", "regex")
+    },
     "modalities": (lambda value: value == ["text"], 'only ["text"] is possible'),
     "reasoning_effort": (lambda value: value == "none", "this server does not steer reasoning"),
-    "response_format": (
-        lambda value: value == {"type": "text"},
-        "output cannot be constrained here; ask for the format in the prompt and check the answer",
-    ),
     "suffix": (lambda value: value == "", "text can only be continued, not filled in"),
     "tool_choice": (lambda value: value in ("none", "auto"), "calling tools is not supported"),
     "tools": (lambda value: value == [], "calling tools is not supported"),

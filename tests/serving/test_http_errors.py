@@ -151,7 +151,7 @@ WRONG_CHATS = [
     ({"tools": [{"type": "function"}]}, "tools", "tools is not supported"),
     ({"tool_choice": "required"}, "tool_choice", "tool_choice is not supported"),
     ({"functions": [{}]}, "functions", "functions is not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "response_format is not supported"),
+    ({"guided_json": {}}, "guided_json", 'now written "structured_outputs": {"json": ...}'),
     ({"audio": {"voice": "x"}}, "audio", "audio is not supported"),
     ({"modalities": ["text", "audio"]}, "modalities", "modalities is not supported"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "chat_template is not supported"),
@@ -197,8 +197,8 @@ WRONG_BODIES = [
     ('{"prompt": "x"}'.encode("utf-16"), "not UTF-8"),
     (b'{"prompt": "\\ud800"}', "lone surrogate U+D800"),
     (b'{"\\udfff": 1}', "lone surrogate U+DFFF"),
-    (b'{"a": ' + b"[" * 20 + b"]" * 20 + b"}", "deeper than 16"),
-    (b'{"a": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "deeper than 16"),
+    (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "deeper than 64"),
+    (b'{"a": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "deeper than 64"),
 ]
 
 

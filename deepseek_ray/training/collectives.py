@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BUCKET_ELEMENTS = 8 * 1024 * 1024
@@ -41,8 +41,8 @@ def exchange_rows(x: Tensor, sent: list[int], received: list[int], group: dist.P
     return _ExchangeRows.apply(x, sent, received, group)
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Replace each gradient by its sum over the group, several at a time; an absent one counts, and becomes, zero."""
+def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each gradient by its sum over the group (None: all workers); an absent one counts, and becomes, zero."""
     bucket: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
@@ -55,7 +55,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) 
         _sum_bucket(bucket, group)
 
 
-def _sum_bucket(grads: list[Tensor], group: dist.ProcessGroup) -> None:
+def _sum_bucket(grads: list[Tensor], group: dist.ProcessGroup | None) -> None:
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat, group=group)
     for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):

@@ -14,8 +14,10 @@ from fakes import FakeDecoder, FakeShape, byte_tokenizer
 from deepseek_ray.config.engine import EngineConfig
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.messages import GenerateRequest, TokenEvent
-from deepseek_ray.serving.api import Api, build_api
+from deepseek_ray.serving.api import Api
+from deepseek_ray.serving.auth import ApiKeys
 from deepseek_ray.serving.backend import Backend
+from deepseek_ray.serving.job import ApiContext
 from deepseek_ray.serving.limits import ApiLimits
 
 MODEL = "tiny"
@@ -106,10 +108,14 @@ class RunningApi:
 
 @contextmanager
 def running_api(
-    make_backend: Callable[[], Backend], limits: ApiLimits | None = None, model: FakeModel | None = None
+    make_backend: Callable[[], Backend],
+    limits: ApiLimits | None = None,
+    model: FakeModel | None = None,
+    keys: ApiKeys = ApiKeys(),
 ) -> Iterator[RunningApi]:
     """A uvicorn server on a free port of the loopback interface, in a thread of its own."""
-    api = build_api(make_backend(), byte_tokenizer(), model or FakeModel(), limits or ApiLimits())
+    context = ApiContext(make_backend(), byte_tokenizer(), model or FakeModel(), limits or ApiLimits())
+    api = Api([context], keys, echo_request_id=True)
     server = uvicorn.Server(
         uvicorn.Config(api, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
     )

@@ -8,10 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deepseek_ray.engine.tokenizer import Tokenizer
 from deepseek_ray.errors import DeadlineExceededError, DeepSeekRayError, OverloadedError, RequestError, UnavailableError
 from deepseek_ray.serving.auth import ApiKeys
-from deepseek_ray.serving.backend import Backend, ServedModel
 from deepseek_ray.serving.body import parse_body
 from deepseek_ray.serving.chat import plan_chat, reply_chat, stream_chat
 from deepseek_ray.serving.completions import plan_completion, reply_completion, stream_completion
@@ -22,6 +20,7 @@ from deepseek_ray.serving.limits import ApiLimits
 from deepseek_ray.serving.models import find_model, model_card, model_list
 from deepseek_ray.serving.replies import Health
 from deepseek_ray.serving.schema import ChatRequest, CompletionRequest, parse_request
+from deepseek_ray.serving.structure import StructureChecker
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +30,6 @@ _DEADLINE_GRACE_SECONDS = 1.0
 """The engine ends a request at its deadline; this much later the API does so itself, should the engine not answer."""
 _SMALL_BODY_BYTES = 16 * 1024
 """Smaller bodies are read and tokenised on the event loop, larger ones in a thread, so that others' tokens go on."""
-
-
-def build_api(
-    backend: Backend, tokenizer: Tokenizer, model: ServedModel, limits: ApiLimits, echo_request_id: bool = True
-) -> Api:
-    """The application for one model that asks for no key."""
-    return Api([ApiContext(backend, tokenizer, model, limits)], ApiKeys(), echo_request_id)
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,7 @@ class Api:
         self.num_generating = 0
         self._keys = keys
         self._limits = _join_limits([context.limits for context in contexts])
+        self._structures = StructureChecker()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -182,6 +175,9 @@ class Api:
                     request, context, job = await asyncio.to_thread(self._plan, exchange, endpoint, body)
                 seconds = context.limits.request_timeout_seconds  # the model's own, now that it is known
                 deadline.reschedule(started + seconds + _DEADLINE_GRACE_SECONDS)
+                structure = job.requests[0].params.structured_outputs
+                if structure is not None:
+                    await self._structures.check(request, structure)
                 if request.stream:
                     await exchange.stream(endpoint.stream(request, job, context))
                 else:

@@ -61,7 +61,7 @@ def test_several_models_come_from_a_file_or_from_arguments(tmp_path: Path) -> No
     assert config.api.min_replicas == 2
     with pytest.raises(ConfigError, match="dtype"):
         read_config({"config": str(file), "dtype": "float32"}, {})
-    with pytest.raises(ConfigError, match="unknown key 'model.*did you mean 'models"):
+    with pytest.raises(ConfigError, match=r"unknown key 'model'; did you mean 'models'"):
         read_config({"models": values["models"], "model": []}, {})
 
 

@@ -1,6 +1,6 @@
 """Genes of a DeepSeek mixture of experts: how many experts, how wide, how deep, how narrow the latents.
 
-    deepseek-ray tune configs/tiny.yaml --space tune_spaces.moe_architecture:space --architecture
+deepseek-ray tune configs/tiny.yaml --space tune_spaces.moe_architecture:space --architecture
 """
 
 from __future__ import annotations

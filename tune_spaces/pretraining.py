@@ -1,6 +1,6 @@
 """What to search before a long pre-training run: learning rate, batch, decay, warm-up, and the optimiser's inside.
 
-    deepseek-ray tune configs/tiny.yaml --space tune_spaces.pretraining:space
+deepseek-ray tune configs/tiny.yaml --space tune_spaces.pretraining:space
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def space(
 
     def sample(trial: Chooser, config: PretrainConfig) -> Sample:
         batch = trial.suggest_categorical("training.global_batch_size", list(batch_sizes))
-        steps = math.ceil((config.training.tokens or config.total_steps * config.tokens_per_step) / (batch * config.data.sequence_length))
+        steps = math.ceil(
+            (config.training.tokens or config.total_steps * config.tokens_per_step)
+            / (batch * config.data.sequence_length)
+        )
         warmup = trial.suggest_float("warmup", 0.0, most_warmup)
         return {
             "training.global_batch_size": batch,

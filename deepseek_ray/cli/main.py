@@ -15,6 +15,7 @@ from deepseek_ray.cli.doctor import doctor
 from deepseek_ray.cli.quickstart import quickstart
 from deepseek_ray.cli.serve import serve
 from deepseek_ray.cli.status import status
+from deepseek_ray.cli.tune import tune
 from deepseek_ray.errors import DeepSeekRayError
 
 _HELP = """Train, search and serve DeepSeek-style mixture-of-experts models on Ray.
@@ -43,6 +44,7 @@ app.command()(status)
 app.command()(chat)
 app.command()(complete)
 app.command()(doctor)
+app.command()(tune)
 app.add_typer(config, name="config")
 
 

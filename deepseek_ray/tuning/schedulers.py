@@ -1,8 +1,8 @@
 """Ray's schedulers, with what a resumed sweep and few cores need.
 
-Ray's own state of a scheduler is lost when its driver dies. ASHA's is a table of results per rung, which is filled again
-from the trials' own metrics, so that nothing is lost. Population based training keeps each trial's settings and
-weights (they are in the sweep's journal and in the trial's directory); who was how good is learnt anew from the next results.
+Ray's own state of a scheduler is lost when its driver dies. ASHA's is a table of results per rung, which is filled
+again from the trials' own metrics, so that nothing is lost. Population based training keeps each trial's settings and
+weights (in the sweep's record and in the trial's directory); who was how good is learnt anew from the next results.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ResumableAsha(Seats, AsyncHyperBandScheduler):
         )
         for index, validations in history.items():
             for tokens, value in validations:
-                self._brackets[0].on_result(_Past(index), tokens, self._metric_op * value)  # type: ignore[arg-type]
+                self._brackets[0].on_result(_Past(index), tokens, (1 if mode == "max" else -1) * value)  # type: ignore[arg-type]
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -77,9 +77,9 @@ class _Past:
 class Population(Seats, PopulationBasedTraining):
     """Population based training (arXiv 1711.09846): the worse trials go on from the better ones' weights.
 
-    `explore(own, donor, tokens)` gives the new configuration of trial `own` (its Tune configuration) after the example of
-    trial `donor`. `seats`: trials that may run at once; with a larger population they take turns at every perturbation.
-    `more_to_come`: whether the population is not complete yet.
+    `explore(own, donor, tokens)` gives the new configuration of trial `own` (its Tune configuration) after the
+    example of trial `donor`. `seats`: trials that may run at once; of a larger population they take turns
+    at every perturbation. `more_to_come`: whether the population is not complete yet.
     """
 
     def __init__(

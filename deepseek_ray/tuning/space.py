@@ -28,7 +28,9 @@ _PROBES = 64
 class Chooser(Protocol):
     """The part of `optuna.Trial` that a space uses."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float: ...
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
 
@@ -54,7 +56,7 @@ def as_space(space: Space | Mapping[str, Any]) -> Space:
 
 
 def sampled_config(base: PretrainConfig, sample: Sample) -> PretrainConfig:
-    """`base` with the sample's keys set, checked as if it had been read from a file. ConfigError names what is wrong."""
+    """`base` with the sample's keys set, checked as if read from a file. ConfigError names what is wrong."""
     values = base.model_dump(mode="json")
     for key, value in sample.items():
         section, name = _section(values, key)
@@ -90,7 +92,8 @@ def check_space(space: Space, base: PretrainConfig, fixed: Mapping[str, str]) ->
     if refusals.total() == _PROBES:
         message, count = refusals.most_common(1)[0]
         raise SweepError(
-            f"none of {_PROBES} samples of the space is a valid run; the most frequent reason ({count} times): {message}"
+            f"none of {_PROBES} samples of the space is a valid run; the most frequent reason ({count} times): "
+            f"{message}"
         )
     return list(keys)
 
@@ -109,9 +112,14 @@ def _section(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
         if part not in section:
             near = difflib.get_close_matches(part, list(section), n=1)
             before = ".".join(parts[:depth])
-            hint = f"did you mean {'.'.join([*parts[:depth], near[0]])!r}?" if near else f"known keys: {', '.join(section)}"
+            hint = (
+                f"did you mean {'.'.join([*parts[:depth], near[0]])!r}?"
+                if near
+                else f"known keys: {', '.join(section)}"
+            )
             raise _MisspeltKeyError(
-                f"the space sets the unknown key {key!r}; {hint}" + (f" (in section {before})" if before and not near else "")
+                f"the space sets the unknown key {key!r}; {hint}"
+                + (f" (in section {before})" if before and not near else "")
             )
         if depth < len(parts) - 1:
             section = section[part]
@@ -126,7 +134,7 @@ def _refuse_fixed(key: str, fixed: Mapping[str, str]) -> None:
 
 def _domain(key: str, value: Any) -> Callable[[Chooser], Any]:
     """How to ask for one entry of a dictionary."""
-    from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized, Uniform
+    from ray.tune.search.sample import Categorical, Domain
 
     if isinstance(value, list):
         return lambda trial: trial.suggest_categorical(key, value)
@@ -134,18 +142,26 @@ def _domain(key: str, value: Any) -> Callable[[Chooser], Any]:
         return lambda trial: value
     if isinstance(value, Categorical):
         return lambda trial: trial.suggest_categorical(key, list(value.categories))
-    sampler, quantum = value.get_sampler(), None
+    return _range(key, value)
+
+
+def _range(key: str, domain: Any) -> Callable[[Chooser], Any]:
+    """How to ask for a number of a `ray.tune` domain."""
+    from ray.tune.search.sample import Float, Integer, LogUniform, Quantized, Uniform
+
+    sampler: Any = domain.get_sampler()
+    quantum = None
     if isinstance(sampler, Quantized):
         sampler, quantum = sampler.sampler, sampler.q
     log = isinstance(sampler, LogUniform)
-    finite = isinstance(value, Float | Integer) and math.isfinite(value.lower) and math.isfinite(value.upper)
+    finite = isinstance(domain, Float | Integer) and math.isfinite(domain.lower) and math.isfinite(domain.upper)
     if not finite or not isinstance(sampler, LogUniform | Uniform) or (log and quantum not in (None, 1)):
         raise ConfigError(
-            f"the space gives {key!r} the domain {value.domain_str!r}, which cannot be searched; use tune.uniform, "
+            f"the space gives {key!r} the domain {domain.domain_str!r}, which cannot be searched; use tune.uniform, "
             "loguniform, quniform, randint, lograndint, qrandint or choice"
         )
-    if isinstance(value, Integer):
-        high = value.upper if quantum not in (None, 1) else value.upper - 1  # randint leaves the upper end out
+    if isinstance(domain, Integer):
+        high = domain.upper if quantum not in (None, 1) else domain.upper - 1  # randint leaves the upper end out
         step = 1 if log or quantum is None else int(quantum)
-        return lambda trial: trial.suggest_int(key, value.lower, high, step=step, log=log)
-    return lambda trial: trial.suggest_float(key, value.lower, value.upper, step=quantum, log=log)
+        return lambda trial: trial.suggest_int(key, domain.lower, high, step=step, log=log)
+    return lambda trial: trial.suggest_float(key, domain.lower, domain.upper, step=quantum, log=log)

@@ -49,7 +49,9 @@ def read_trials(directory: Path) -> list[FrozenTrial]:
     storage = JournalStorage(_Journal(path))
     studies = storage.get_all_studies()
     trials = storage.get_all_trials(studies[0]._study_id) if studies else []
-    return sorted((trial for trial in trials if "index" in trial.user_attrs), key=lambda trial: trial.user_attrs["index"])
+    return sorted(
+        (trial for trial in trials if "index" in trial.user_attrs), key=lambda trial: trial.user_attrs["index"]
+    )
 
 
 def _sampler(settings: SweepSettings, num_asked: int) -> BaseSampler:

@@ -121,7 +121,7 @@ class TrainingThread:
             result = {"tokens": 0, **dict.fromkeys(MEASURED, float("nan"))}
         if failure is not None:
             result |= {"failure": failure, **dict.fromkeys(MEASURED, float("nan"))}
-        return {**result, "done": True}
+        return {**result, "ended": True, "done": True}  # Tune says `done` of stopped trials too
 
 
 def describe_validation(values: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:

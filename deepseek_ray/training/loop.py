@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from deepseek_ray.config.finetune import FinetuneConfig
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.data.cursor import DataCursor
 from deepseek_ray.data.encoding import DocumentEncoder
@@ -26,6 +27,7 @@ from deepseek_ray.errors import TrainingError
 from deepseek_ray.models.decoder import DeepSeekForCausalLM
 from deepseek_ray.training.checkpoint import CheckpointStore
 from deepseek_ray.training.evaluate import validate
+from deepseek_ray.training.finetune import load_base_model, require_same_start, train_adapters_only
 from deepseek_ray.training.metrics import MetricsWriter
 from deepseek_ray.training.objective import trains_mtp
 from deepseek_ray.training.parallel import Parallelism
@@ -111,6 +113,7 @@ class _Run:
         step, values = 0, {}
         if checkpoint is not None:
             state = read_state(checkpoint)
+            require_same_start(config, state.config)
             step, values = state.step, state.metrics
             cursor = DataCursor.from_dict(state.cursor, cursor.num_samples, cursor.seed)
             restore_model(checkpoint, model)
@@ -205,12 +208,16 @@ def build_model(config: PretrainConfig, data: PreparedData) -> DeepSeekForCausal
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     absent = {name: value for name, value in special.items() if getattr(config.model, name) is None}
     torch.manual_seed(config.training.seed)
-    model = DeepSeekForCausalLM(config.model.model_copy(update=absent))
+    if isinstance(config, FinetuneConfig):
+        model = load_base_model(config, absent)
+    else:
+        model = DeepSeekForCausalLM(config.model.model_copy(update=absent))
     model.recompute_activations = config.training.recompute_activations
     if not trains_mtp(config):
         model.mtp.requires_grad_(False)
         model.model.embed_tokens.requires_grad_(True)  # shared with the multi-token-prediction layers
         model.lm_head.requires_grad_(True)
+    train_adapters_only(model, config)
     return model
 
 

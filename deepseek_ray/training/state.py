@@ -4,6 +4,8 @@
     trainer/optimizer.safetensors                        moments and update counts by parameter name
     trainer/rng.safetensors                              random number generators of every worker
     trainer/state.json                                   step, data cursor, last metrics, configuration
+    adapter/                                             the adapters of a run that trains some, as PEFT lays them out;
+                                                         they are merged into the weights above as well
     manifest.json                                        sizes and sha256 (training/checkpoint.py)
 
 All tensors are whole, whatever strategy trained: a checkpoint resumes under any other and at any world size.
@@ -31,9 +33,12 @@ from deepseek_ray.models.decoder import DeepSeekForCausalLM
 from deepseek_ray.models.load import load_weights, to_hf_names
 from deepseek_ray.models.safetensors_file import stream_float32
 from deepseek_ray.models.save import save_checkpoint
+from deepseek_ray.training.adapter_files import AdapterTensors, write_adapter
+from deepseek_ray.training.lora import find_adapters
 from deepseek_ray.training.optimizer_state import OptimizerFile, state_shapes
 from deepseek_ray.training.parallel import Parallelism
 
+_ADAPTER = "adapter"
 _FOLDER, _OPTIMIZER, _RNG, _STATE = "trainer", "optimizer.safetensors", "rng.safetensors", "state.json"
 _BYTES_PER_PARAMETER = 12
 """float32 weight and two moments."""
@@ -69,7 +74,11 @@ class Snapshot:
     def write(self, directory: Path, state: TrainerState, rng: dict[str, Tensor], tokenizer_dir: Path) -> None:
         """Fill `directory`, which is published by the caller (`CheckpointStore.save`)."""
         config, trained = self._parallelism.model.config, self._parallelism.trained
-        save_checkpoint(directory, config, to_hf_names(config, self._weights))
+        adapters, tensors = find_adapters(self._parallelism.model), AdapterTensors()
+        weights = self._weights if adapters is None else adapters.split(self._weights, tensors)
+        save_checkpoint(directory, config, to_hf_names(config, weights))
+        if adapters is not None:
+            write_adapter(directory / _ADAPTER, adapters.config, tensors, state.config.get("base_model"))
         for path in tokenizer_dir.iterdir():
             shutil.copyfile(path, directory / path.name)
         folder = directory / _FOLDER
@@ -89,15 +98,28 @@ def read_state(directory: Path) -> TrainerState:
 
 
 def restore_model(directory: Path, model: DeepSeekForCausalLM) -> None:
-    """Copy the weights into `model`, on the CPU. CheckpointError when the run's model section was changed."""
+    """Copy the weights into `model`, on the CPU. CheckpointError when the run's model section was changed.
+
+    A model with adapters gets those; its own weights, which are frozen, stay as they are.
+    """
     reader = CheckpointReader(directory)
     if difference := _difference(reader.config, model.config):
         raise CheckpointError(
             f"{directory} was trained with another model: {difference}. Resume with the model section the run was "
             "started with, or start a new run under another name"
         )
-    reader.validate()
-    load_weights(model, reader)
+    adapters = find_adapters(model)
+    if (adapters is not None) != (directory / _ADAPTER).is_dir():
+        raise CheckpointError(
+            f"{directory} was trained {'without' if adapters else 'with'} adapters, this run has "
+            f"{'some' if adapters else 'none'}; resume with the lora section the run was started with, or start a new "
+            "run under another name"
+        )
+    if adapters is not None:
+        adapters.load(directory / _ADAPTER)
+    else:
+        reader.validate()
+        load_weights(model, reader)
 
 
 def restore_trainer(directory: Path, parallelism: Parallelism) -> dict[str, Tensor]:

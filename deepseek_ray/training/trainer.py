@@ -22,10 +22,12 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from deepseek_ray.config.finetune import FinetuneConfig
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.data.ingest import connected
 from deepseek_ray.data.prepare import PreparedData, prepare_data
 from deepseek_ray.errors import ConfigError, TrainingError
+from deepseek_ray.training.finetune import describe_start, prepare_finetune_data, with_base_model
 from deepseek_ray.training.loop import train
 from deepseek_ray.training.progress import LOG_FILE, ProgressLine, RunFollower
 from deepseek_ray.training.ranks import Ranks, is_users_error
@@ -45,9 +47,12 @@ def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout, stop_file: Pat
     run_dir = absolute_run_dir(config)
     with _lock(run_dir), connected():
         workers = plan_workers(config, _nodes())
-        data = prepare_data(config.data)
+        tuned = config if isinstance(config, FinetuneConfig) else None
+        data = prepare_finetune_data(tuned) if tuned else prepare_data(config.data)
         progress = ProgressLine(stream, config.total_steps)
         progress.note(_headline(config, workers, data))
+        if tuned:
+            progress.note(describe_start(tuned, data))
         follower = RunFollower(run_dir, progress.show, progress.note)
         try:
             outcome = _fit(config, run_dir, workers, data, stop_file)
@@ -59,6 +64,11 @@ def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout, stop_file: Pat
         result = PretrainResult.from_dict(outcome["result"])
         result.write()
         return result
+
+
+def finetune(config: FinetuneConfig, stream: TextIO = sys.stdout) -> PretrainResult:
+    """Train a checkpoint on conversations, all of it or adapters, exactly as `pretrain` trains a new model."""
+    return pretrain(with_base_model(config), stream)
 
 
 def absolute_run_dir(config: PretrainConfig) -> Path:
@@ -81,6 +91,7 @@ def _fit(
     trainer = TorchTrainer(
         _run_worker,  # type: ignore[arg-type]
         train_loop_config={
+            "config_class": type(config),
             "config": config.model_dump(mode="json"),
             "run_dir": str(run_dir),
             "data": data,
@@ -119,7 +130,7 @@ def _run_worker(values: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), get_device())
     torch.set_num_threads(values["threads"])
-    config, run_dir = PretrainConfig.parse(values["config"]), Path(values["run_dir"])
+    config, run_dir = values["config_class"].parse(values["config"]), Path(values["run_dir"])
     try:
         with _logging_to(run_dir / LOG_FILE if ranks.is_first else None):
             result = train(

@@ -29,6 +29,6 @@ def restore_rng_state(states: dict[str, Tensor], ranks: Ranks, seed: int, step: 
     if ranks.rank >= len(states["cpu"]):
         seed_worker(seed, ranks.rank, step)
         return
-    torch.set_rng_state(states["cpu"][ranks.rank])
+    torch.set_rng_state(states["cpu"][ranks.rank].clone())  # torch reads a row of a larger tensor from a wrong place
     if ranks.device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][ranks.rank], ranks.device)
+        torch.cuda.set_rng_state(states["cuda"][ranks.rank].clone(), ranks.device)

@@ -193,6 +193,17 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     """Place of the chosen token by probability, 1 for the most likely one."""
 
 
+class RequestTiming(msgspec.Struct, kw_only=True, frozen=True):
+    """Where a finished output's time went in the engine that finished it."""
+
+    queue_seconds: float
+    """From its arrival to the first step that computed something of it."""
+    prefill_seconds: float
+    """From then to its first token there."""
+    decode_seconds: float
+    """From then to its last one."""
+
+
 class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     """What one engine step added to one request. Events of a request, in order, concatenate to its output."""
 
@@ -210,6 +221,8 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     """None while running; then "stop", "length", "abort" or "error"."""
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended the output, None for end-of-sequence."""
+    timing: RequestTiming | None = None
+    """With the last token of an output."""
     error: str | None = None
     """With finish_reason "error": one sentence for the client. `error_kind` is the name of the error class."""
     error_kind: str | None = None

@@ -14,11 +14,14 @@ import torch
 
 from deepseek_ray.actors.expert_client import RemoteExperts, ShardDirectory
 from deepseek_ray.actors.member import Member
+from deepseek_ray.actors.member_metrics import WorkerMetrics
+from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.actors.token_service import TokenService
 from deepseek_ray.control.membership import Directive, MemberReport, MemberState, ShardAddress
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.offline import tokenizer_beside
+from deepseek_ray.engine.stats import EngineStats
 from deepseek_ray.errors import RequestError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect, listen
@@ -51,7 +54,7 @@ class AttentionWorker:
             transport=self._config.transport,
             incarnation=self._member.identity.incarnation,
         )
-        self._service = TokenService(self._listener, fatal=_exit_at_once)
+        self._service = TokenService(self._listener, _exit_at_once, after_step=lambda: self._experts.meter.end_step())
         self._experts = RemoteExperts(
             self._directory,
             self._connect,
@@ -59,6 +62,8 @@ class AttentionWorker:
             ask_for_news=self._member.report_now,
             interrupted=self._service.interrupted,
         )
+        exporter = MetricsExporter(model_name=self._record.description.served_model_name, engine=str(id))
+        export_every_second(WorkerMetrics(exporter, self._experts, self._stats).collect)
         threading.Thread(target=self._load, name="load", daemon=True).start()
         self._member.start()
 
@@ -95,8 +100,8 @@ class AttentionWorker:
 
     def _report(self, identity: MemberReport) -> MemberReport:
         stats = {"frames": self._experts.num_frames, "frames_resent": self._experts.num_frames_resent}
-        if self._engine is not None:
-            stats |= msgspec.structs.asdict(self._engine.stats())
+        if (engine := self._stats()) is not None:
+            stats |= msgspec.structs.asdict(engine)
         return msgspec.structs.replace(
             identity,
             state=self._state,
@@ -105,6 +110,9 @@ class AttentionWorker:
             table_version=self._directory.version,
             stats=stats,
         )
+
+    def _stats(self) -> EngineStats | None:
+        return None if self._engine is None else self._engine.stats()
 
     def _obey(self, directive: Directive) -> None:
         if directive.table is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.actors.expert_frames import call_frame, read_reply
+from deepseek_ray.actors.expert_meter import ExpertMeter
 from deepseek_ray.control.membership import ShardAddress
 from deepseek_ray.errors import LinkClosedError, LinkError, UnavailableError
 from deepseek_ray.expert_parallel.dispatch import ShardCall, plan_calls
@@ -114,14 +115,18 @@ class RemoteExperts(ExpertBackend):
         self._interrupted = interrupted
         self._links: dict[int, Link] = {}
         self._sequence = 0
+        self.meter = ExpertMeter()
         self.num_frames = 0
         self.num_frames_resent = 0
 
     def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor) -> _Ticket:
+        started = time.monotonic()
         tokens, top_k = expert_ids.shape
         ticket = _Ticket(layer, hidden, expert_ids, hidden.new_empty(tokens * top_k, hidden.shape[1]))
-        for call in plan_calls(expert_ids, self._directory.owners(layer)):
+        owners = self._directory.owners(layer)
+        for call in plan_calls(expert_ids, owners):
             self._send(ticket, _Pending(call, attempt=0))
+        self.meter.dispatched(layer, expert_ids, len(owners), time.monotonic() - started)
         return ticket
 
     def combine(self, ticket: _Ticket) -> Tensor:
@@ -133,6 +138,7 @@ class RemoteExperts(ExpertBackend):
             self._collect(ticket)
             if ticket.pending and time.monotonic() - started > _PATIENCE_SECONDS and self._interrupted():
                 raise StepInterruptedError("a request of this batch ended while experts were away; run the step again")
+        self.meter.combined(time.monotonic() - started)
         tokens, top_k = ticket.expert_ids.shape
         return ticket.rows.view(tokens, top_k, -1)
 

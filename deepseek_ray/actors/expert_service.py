@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,7 @@ class ExpertService:
         self._computing = threading.Lock()
         self.num_calls = 0
         self.num_pairs = 0
+        self.compute_seconds = 0.0
 
     @property
     def loaded(self) -> bool:
@@ -73,7 +75,9 @@ class ExpertService:
         if store is None or not all(store.holds(frame.layer, expert) for expert in set(content.pair_experts.tolist())):
             return answer(frame, FrameKind.STALE)
         with self._computing, torch.inference_mode():
+            started = time.monotonic()
             rows = store.run(frame.layer, content.hidden, content.pair_rows, content.pair_experts)
+            self.compute_seconds += time.monotonic() - started
             self.num_calls += 1
             self.num_pairs += frame.num_pairs
         return reply_frame(frame, rows)

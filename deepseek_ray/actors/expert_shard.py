@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from deepseek_ray.actors.expert_service import ExpertService
 from deepseek_ray.actors.member import Member
+from deepseek_ray.actors.member_metrics import export_shard
+from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.control.membership import Directive, MemberReport, MemberState
 from deepseek_ray.links.connect import listen
@@ -42,6 +45,8 @@ class ExpertShard:
         )
         self._service = ExpertService(self._listener, self._reader.config.hidden_size)
         self._service.start()
+        exporter = MetricsExporter(model_name=record.description.served_model_name, shard=str(id))
+        export_every_second(functools.partial(export_shard, exporter, self._service))
         self._member.start()
 
     def _report(self, identity: MemberReport) -> MemberReport:

@@ -69,6 +69,13 @@ class DeploymentClient:
         except (ray.exceptions.RayError, ValueError, TimeoutError):
             return False
 
+    async def stats(self) -> dict[str, dict[str, float]]:
+        """Figures of every member by `role/id`, as the router knows them; empty when it does not answer."""
+        try:
+            return await asyncio.wait_for(get_router(self._name).stats.remote(), timeout=2.0)
+        except (ray.exceptions.RayError, ValueError, TimeoutError):
+            return {}
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Events of one request until it is finished. Closing the iterator stops the work.
 

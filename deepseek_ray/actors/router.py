@@ -15,7 +15,9 @@ from typing import Any
 import ray
 
 from deepseek_ray.actors.launch import create_members, end_deployment
+from deepseek_ray.actors.metrics_export import MetricsExporter
 from deepseek_ray.actors.record import DeploymentDescription, read_record, require_record, take_generation, take_life
+from deepseek_ray.actors.router_metrics import export_router
 from deepseek_ray.control.admission import Admission
 from deepseek_ray.control.lease import Leases
 from deepseek_ray.control.membership import Directive, MemberReport, Membership, WorkerView
@@ -43,6 +45,7 @@ class Router:
         )
         self._admission = Admission(max_in_flight=config.engine.max_num_seqs + config.engine.max_waiting)
         self._leases = Leases(config.orphan_timeout_seconds, started=time.monotonic())
+        self._exporter = MetricsExporter(model_name=self._record.description.served_model_name)
         create_members(config)
         self._housekeeping: asyncio.Task[None] | None = None
 
@@ -112,6 +115,7 @@ class Router:
         """End the deployment when its record is gone or nobody owns it any more."""
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
+            export_router(self._exporter, self._membership, self._admission, time.monotonic())
             record = read_record(self._name)
             replaced = record is None or record.instance != self._record.instance
             orphaned = self._leases.orphaned(time.monotonic())

@@ -37,11 +37,20 @@ _Item = tuple[Link, GenerateRequest | AbortRequest | _LinkLost]
 
 
 class TokenService:
-    """Serves requests on every link the listener accepts. `fatal` is called when the engine loop cannot go on."""
+    """Serves requests on every link the listener accepts.
 
-    def __init__(self, listener: Listener, fatal: Callable[[BaseException], None]) -> None:
+    `fatal` is called when the engine loop cannot go on, `after_step` after each step of the engine.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        fatal: Callable[[BaseException], None],
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
         self._listener = listener
         self._fatal = fatal
+        self._after_step = after_step
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._owners: dict[str, Link] = {}
         self._engine: Engine | None = None
@@ -108,6 +117,7 @@ class TokenService:
             self._send(engine.step())
         except StepInterruptedError as error:
             logger.info("%s", error)
+        self._after_step()
 
     def _drain(self, block: bool) -> None:
         while block or not self._inbox.empty():

@@ -135,6 +135,9 @@ class Engine:
         step = self._scheduler.schedule()
         if not step.items:
             return []
+        started = self._clock()
+        for item in step.items:
+            self._generations[item.sequence.request.request_id].timeline.schedule(started)
         logits = self._runner.run(step)
         self._scheduler.advance(step)
         events = []
@@ -168,10 +171,11 @@ class Engine:
             longest_output,
             Detokenizer(tokenizer, request.prompt_token_ids) if tokenizer else None,
         )
-        deadline = None if request.deadline_seconds is None else self._clock() + request.deadline_seconds
+        now = self._clock()
+        deadline = None if request.deadline_seconds is None else now + request.deadline_seconds
         structure = request.params.structured_outputs
         grammar = self.grammars.start(structure) if self.grammars and structure else None
-        generation = Generation(request, sampling_seed(request, self.config.seed), output, deadline, grammar)
+        generation = Generation(request, sampling_seed(request, self.config.seed), output, deadline, grammar, now)
         finish = generation.replay()
         if finish:
             self._ended.append(generation.end(finish))
@@ -201,7 +205,7 @@ class Engine:
             generation.score(logits[: len(item.scored)])
             if not item.samples:
                 return None
-            event = generation.take(logits[-1])
+            event = generation.take(logits[-1], self._clock())
             self._num_generated_tokens += 1
         except Exception as error:  # whatever it is, it is about this request: the others go on
             logger.warning("request %s ends: %s", generation.request.request_id, error, exc_info=error)

@@ -9,15 +9,44 @@ from deepseek_ray.engine.grammar import GrammarState
 from deepseek_ray.engine.sampler import check_finite, choose_token, describe_choice
 from deepseek_ray.engine.sequence import Sequence
 from deepseek_ray.engine.stop import Finish, OutputState
-from deepseek_ray.messages import GenerateRequest, TokenEvent, TokenLogprob
+from deepseek_ray.messages import GenerateRequest, RequestTiming, TokenEvent, TokenLogprob
+
+
+class Timeline:
+    """When a request arrived, was first computed, and got its first token, on the engine's clock."""
+
+    def __init__(self, arrived: float) -> None:
+        self.arrived = arrived
+        self.scheduled: float | None = None
+        self.first_token: float | None = None
+
+    def schedule(self, now: float) -> None:
+        """It is in the step that begins now."""
+        if self.scheduled is None:
+            self.scheduled = now
+
+    def token(self, now: float) -> None:
+        """It has a token now."""
+        if self.first_token is None:
+            self.first_token = now
+
+    def finished(self, now: float) -> RequestTiming:
+        """The whole of it, when it has its last token now."""
+        assert self.first_token is not None
+        scheduled = self.arrived if self.scheduled is None else self.scheduled
+        return RequestTiming(
+            queue_seconds=scheduled - self.arrived,
+            prefill_seconds=self.first_token - scheduled,
+            decode_seconds=now - self.first_token,
+        )
 
 
 class Generation:
     """Turns rows of logits into token events.
 
-    `deadline` is a time of the engine's clock, None for no deadline; `grammar` is None for an output of any shape.
-    After `replay` a resumed request stands where the interrupted one stood: text, stop strings, grammar and sampling
-    position included.
+    `arrived` and `deadline` are times of the engine's clock, the latter None for no deadline; `grammar` is None for an
+    output of any shape. After `replay` a resumed request stands where the interrupted one stood: text, stop strings,
+    grammar and sampling position included.
     """
 
     def __init__(
@@ -27,6 +56,7 @@ class Generation:
         output: OutputState,
         deadline: float | None,
         grammar: GrammarState | None = None,
+        arrived: float = 0.0,
     ) -> None:
         self.request = request
         self.deadline = deadline
@@ -35,6 +65,7 @@ class Generation:
         self._output = output
         self._grammar = grammar
         self._prompt_logprobs: list[TokenLogprob] = []
+        self.timeline = Timeline(arrived)
 
     def replay(self) -> Finish | None:
         """Feed the tokens that the client already has; how the output ended if it had ended with them."""
@@ -57,8 +88,11 @@ class Generation:
             check_finite(row, place)
             self._prompt_logprobs.append(describe_choice(row, prompt[place], self.request.prompt_logprobs or 0))
 
-    def take(self, logits: NDArray[np.float32]) -> TokenEvent:
-        """Choose the next token from `logits` [vocab_size]. GenerationError when there is none to choose."""
+    def take(self, logits: NDArray[np.float32], now: float = 0.0) -> TokenEvent:
+        """Choose the next token from `logits` [vocab_size]; `now` is a time of the engine's clock.
+
+        GenerationError when there is none to choose.
+        """
         params, sequence, output = self.request.params, self.sequence, self._output
         forbidden = output.forbidden_token_ids
         allowed = None
@@ -78,6 +112,7 @@ class Generation:
         index = sequence.num_output_tokens
         text, finish = self._push(token_id)
         sequence.append(token_id)  # last: what failed above has added nothing
+        self.timeline.token(now)
         return TokenEvent(
             request_id=self.request.request_id,
             attempt=self.request.attempt,
@@ -88,6 +123,7 @@ class Generation:
             prompt_logprobs=self._prompt_logprobs if index == 0 and self.request.prompt_logprobs is not None else None,
             finish_reason=finish.reason if finish else None,
             stop_reason=finish.stop_reason if finish else None,
+            timing=self.timeline.finished(now) if finish else None,
         )
 
     def end(self, finish: Finish, error: Exception | None = None) -> TokenEvent:

@@ -23,6 +23,8 @@ from deepseek_ray.serving.api import Api
 from deepseek_ray.serving.auth import ApiKeys
 from deepseek_ray.serving.job import ApiContext
 from deepseek_ray.serving.limits import ApiLimits
+from deepseek_ray.serving.metrics_loop import export_metrics
+from deepseek_ray.serving.request_metrics import MeasuredBackend
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class OpenAIIngress:
         """
         self._clients: list[DeploymentClient] = []
         self._leases: list[Lease] = []
+        self._exports: list[asyncio.Task[None]] = []
         contexts = await asyncio.gather(*(self._connect(engine, owner is not None) for engine in engines))
         # Serve's proxy puts X-Request-Id on every reply.
         self._api = Api(contexts, keys, echo_request_id=False)
@@ -77,6 +80,8 @@ class OpenAIIngress:
             raise UnavailableError(f"a model was not ready for {now - self._last_ready:.0f} s")
 
     async def __del__(self) -> None:
+        for export in getattr(self, "_exports", ()):
+            export.cancel()
         for client in getattr(self, "_clients", ()):
             await client.close()
         for lease in getattr(self, "_leases", ()):
@@ -91,7 +96,10 @@ class OpenAIIngress:
         description = await client.describe()
         if engine.served_model_name is not None:
             description = msgspec.structs.replace(description, served_model_name=engine.served_model_name)
-        return ApiContext(client, Tokenizer.from_dir(description.model_dir), description, engine.limits)
+        backend = MeasuredBackend(client)
+        export = export_metrics(description.served_model_name, backend, client)
+        self._exports.append(asyncio.create_task(export))
+        return ApiContext(backend, Tokenizer.from_dir(description.model_dir), description, engine.limits)
 
     async def _client(self, name: str) -> DeploymentClient:
         while True:

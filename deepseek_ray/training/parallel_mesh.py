@@ -1,7 +1,8 @@
 """What strategies that divide one model among workers have in common: the mesh, shards, gradients and their norm.
 
 The mesh has two dimensions: "data", then the strategy's own, so that the workers of one model are neighbours in rank
-and, as a rule, on one node. Parameters stay plain tensors: a worker's slice is a parameter of its own to the optimiser,
+and, as a rule, on one node. (Its groups are formed here and not by torch's `init_device_mesh`, which gives them no
+timeout.) Parameters stay plain tensors: a worker's slice is a parameter of its own to the optimiser,
 and `Shard` says what it is a slice of. torch's DTensor would say the same, but knows no slice of two stacked matrices
 (an expert's gate above its up projection) and does not mix with the plain tensors of the rest in one operation.
 """
@@ -10,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.training.collectives import sum_gradients
@@ -78,11 +79,17 @@ class MeshParallelism(Parallelism):
 
     def __init__(self, config: PretrainConfig, world: Ranks, dimension: str, size: int) -> None:
         super().__init__(config, world)
-        shape = (world.world_size // size, size)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("data", dimension))
-        self.group, self.data_group = mesh.get_group(dimension), mesh.get_group("data")
+        mesh = torch.arange(world.world_size).view(-1, size)
+        self.group = self._form_groups(mesh, dimension)
+        self.data_group = self._form_groups(mesh.T, "data")
         self.data = Ranks.within(self.data_group, world.device)
         self.division = Division()
+
+    def _form_groups(self, ranks: Tensor, name: str) -> dist.ProcessGroup:
+        """One group of each row of `ranks`, with the run's timeout; returns this worker's. All workers call it."""
+        timeout = timedelta(seconds=self.config.distributed.timeout_s)
+        group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name)
+        return group
 
     def forward_backward(self, parts: Sequence[MicroBatch], objective: Objective) -> Tensor:
         sums = super().forward_backward(parts, objective)

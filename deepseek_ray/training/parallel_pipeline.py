@@ -49,23 +49,16 @@ class PipelineParallel(MeshParallelism):
     def __init__(self, config: PretrainConfig, world: Ranks) -> None:
         super().__init__(config, world, "pipeline", config.distributed.pipeline_parallel_size)
         self.pipeline = Ranks.within(self.group, world.device)
-        self._ends_group = self._group_of_ends()
-
-    def _group_of_ends(self) -> dist.ProcessGroup:
-        """First and last stage of this pipeline; every worker of the run takes part in forming all such groups."""
-        stages, own = self.pipeline.world_size, None
-        for first in range(0, self.world.world_size, stages):
-            group = dist.new_group([first, first + stages - 1] if stages > 1 else [first])
-            own = group if first <= self.world.rank < first + stages else own
-        assert own is not None
-        return own
+        stages = torch.arange(world.world_size).view(-1, self.pipeline.world_size)
+        self._ends = self._form_groups(stages[:, [0, -1]], "ends")
+        """First and last stage."""
 
     def _shard(self, model: DeepSeekForCausalLM) -> Forward:
         layers = stage_layers(model, self.pipeline.world_size)[self.pipeline.rank]
         self._state_shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._stage = Stage(model, layers, self.config, num_gates(model, trains_mtp(self.config)))
         is_end = self._stage.is_first or self._stage.is_last
-        if last_stage_embeds(model) and self.pipeline.world_size > 1 and is_end:
+        if last_stage_embeds(model) and is_end:
             self._embedding = [model.model.embed_tokens.weight]
         keep_stage(model, layers)
         model.to(self.world.device)
@@ -107,7 +100,7 @@ class PipelineParallel(MeshParallelism):
 
     def _sum_gradients(self) -> None:
         if self._embedding:
-            sum_gradients(self._embedding, self._ends_group)
+            sum_gradients(self._embedding, self._ends)
         super()._sum_gradients()
 
     def _num_holders(self, parameter: nn.Parameter) -> int:

@@ -17,6 +17,7 @@ from deepseek_ray.messages import GenerateRequest, TokenEvent
 from deepseek_ray.serving.api import Api
 from deepseek_ray.serving.auth import ApiKeys
 from deepseek_ray.serving.backend import Backend
+from deepseek_ray.serving.http_app import HttpApp
 from deepseek_ray.serving.job import ApiContext
 from deepseek_ray.serving.limits import ApiLimits
 
@@ -113,11 +114,18 @@ def running_api(
     model: FakeModel | None = None,
     keys: ApiKeys = ApiKeys(),
 ) -> Iterator[RunningApi]:
-    """A uvicorn server on a free port of the loopback interface, in a thread of its own."""
+    """The OpenAI API in front of one backend."""
     context = ApiContext(make_backend(), byte_tokenizer(), model or FakeModel(), limits or ApiLimits())
     api = Api([context], keys, echo_request_id=True)
+    with listening(api) as (url, loop):
+        yield RunningApi(url, api, loop)
+
+
+@contextmanager
+def listening(app: HttpApp) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """A uvicorn server on a free port of the loopback interface, in a thread of its own: its URL and event loop."""
     server = uvicorn.Server(
-        uvicorn.Config(api, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
     )
     started = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
@@ -134,7 +142,7 @@ def running_api(
     assert started.wait(20), "the server did not start"
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield RunningApi(f"http://127.0.0.1:{port}", api, loops[0])
+        yield f"http://127.0.0.1:{port}", loops[0]
     finally:
         server.should_exit = True
         thread.join(20)

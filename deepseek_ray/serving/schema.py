@@ -40,7 +40,7 @@ def _string_or_strings(value: Any) -> Any:
     raise PydanticCustomError("stop", "send a string or a list of strings")
 
 
-def _prompt(value: Any) -> Any:
+def text_or_ids(value: Any) -> Any:
     if isinstance(value, str) or _is_ids(value):
         return value
     if isinstance(value, list) and (all(isinstance(item, str) for item in value) or all(map(_is_ids, value))):
@@ -135,7 +135,7 @@ class ChatRequest(GenerationFields):
 
 
 class CompletionRequest(GenerationFields):
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(text_or_ids)]
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.config.serving import ServingConfig, served_name
-from deepseek_ray.errors import ConfigError, DeepSeekRayError
+from deepseek_ray.errors import CheckpointError, ConfigError
 from deepseek_ray.serving.app import build_app
 from deepseek_ray.serving.auth import ApiKeys
-from serve_apps.openai import app, environment_values, read_config
+from serve_apps import embeddings
+from serve_apps.openai import environment_values, read_config
 
 SERVE_APPS = Path(__file__).resolve().parents[2] / "serve_apps"
 
@@ -88,19 +90,26 @@ def test_more_replicas_at_least_than_at_most_are_refused() -> None:
 
 def test_a_directory_that_cannot_be_served_fails_before_anything_starts() -> None:
     config = ServingConfig(models=(DeploymentConfig(model_dir="/nowhere"),))
-    with pytest.raises(DeepSeekRayError, match="/nowhere is not a directory"):
+    with pytest.raises(CheckpointError, match="/nowhere is not a directory"):
         build_app(config, ApiKeys())
 
 
-@pytest.mark.parametrize("name", ["openai.yaml"])
-def test_files_for_serve_deploy_are_what_serve_and_the_application_take(name: str) -> None:
-    schema = ServeDeploySchema.model_validate(yaml.safe_load((SERVE_APPS / name).read_text()))
+@pytest.mark.parametrize("name", ["openai", "embeddings"])
+def test_files_for_serve_deploy_are_what_serve_and_the_applications_take(name: str) -> None:
+    schema = ServeDeploySchema.model_validate(yaml.safe_load((SERVE_APPS / f"{name}.yaml").read_text()))
     (application,) = schema.applications
-    assert application.import_path == "serve_apps.openai:app"
-    config = read_config(application.args, {})
-    assert len(config.models) == 2
-    with pytest.raises(DeepSeekRayError, match=config.models[0].model_dir):  # nothing but the models is missing
-        app(application.args)
+    assert application.import_path == f"serve_apps.{name}:app"
+    build = import_attr(application.import_path)
+    with pytest.raises(CheckpointError, match="/models/.* is not a directory"):  # nothing but the models is missing
+        build(application.args)
+
+
+def test_arguments_of_the_embeddings_are_the_fields_of_their_configuration() -> None:
+    config = embeddings.read_config({"model_dir": "/m", "max_batch": "8", "max_replicas": "2"})
+    assert (config.max_batch, config.api.max_replicas) == (8, 2)
+    assert config == embeddings.read_config({"model_dir": "/m", "max_batch": 8, "api": {"max_replicas": 2}})
+    with pytest.raises(ConfigError, match="min_batch is 9 and max_batch 8; lower min_batch"):
+        embeddings.read_config({"model_dir": "/m", "max_batch": 8, "min_batch": 9})
 
 
 def test_the_ingress_imports_no_torch() -> None:

@@ -101,6 +101,15 @@ def save_tokenizer_with_template(model_dir: Path, target: Path, template: str | 
     (target / "chat_template.jinja").unlink(missing_ok=True)  # it would win over the settings
 
 
+def pack_held_out(
+    config: ConversationsConfig, model_dir: Path, work: Path, show_progress: bool
+) -> tuple[TokenBlocks, ConversationCounts]:
+    """All conversations of `config`, none for training, as blocks below the folder `work`. DataError as above."""
+    with disk_errors(work):
+        save_tokenizer_with_template(model_dir, work / "tokenizer", _template_text(config))
+    return _Writer(work, config, show_progress).write_held_out(find_files(config))
+
+
 class _Writer:
     """Encodes, splits and packs conversations into the two folders of blocks."""
 
@@ -130,6 +139,16 @@ class _Writer:
                 )
         with disk_errors(self._work):
             (self._work / _SUMMARY_FILE).write_text(json.dumps(self._counts, indent=2) + "\n", encoding="utf-8")
+
+    def write_held_out(self, files: Sequence[CorpusFile]) -> tuple[TokenBlocks, ConversationCounts]:
+        with progress_bars(self._show) as start_bar:
+            advance = start_bar("conversations", sum(file.size for file in files))
+            self._write_side("validation", self._encoded("validation", files, advance, split=False))
+        if not self._counts["validation"]:
+            raise DataError(
+                f"{', '.join(self._config.paths)}: no conversation whose answer fits a sample; raise its length"
+            )
+        return TokenBlocks.open(self._work / "validation"), ConversationCounts(**self._counts)
 
     def _write_side(self, side: str, encoded: Iterator[EncodedConversation]) -> None:
         length = self._config.sequence_length

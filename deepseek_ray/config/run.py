@@ -133,6 +133,13 @@ class PretrainConfig(FrozenConfig):
         """Micro-batches of one worker per optimiser step."""
         return self.training.global_batch_size // (self.training.micro_batch_size * self.distributed.num_readers)
 
+    def with_workers(self, num_workers: int) -> Self:
+        """This run on the workers that an elastic one was given: the same batches in another number of portions."""
+        if not self.distributed.is_elastic or num_workers not in self.distributed.data_sizes:
+            return self
+        distributed = self.distributed.model_copy(update={"data_parallel_size": num_workers})
+        return self.model_copy(update={"distributed": distributed})
+
     @property
     def tokens_per_step(self) -> int:
         return self.training.global_batch_size * self.data.sequence_length
@@ -176,17 +183,33 @@ class PretrainConfig(FrozenConfig):
     def _check_batches(self) -> None:
         global_size, micro_size = self.training.global_batch_size, self.training.micro_batch_size
         readers, mesh = self.distributed.num_readers, self.distributed.describe_mesh()
-        if global_size % (micro_size * readers):
+        if self.distributed.is_elastic:
+            self._check_elastic_batches(global_size, micro_size)
+        elif global_size % (micro_size * readers):
             raise ConfigError(
                 f"training.global_batch_size is {global_size}, not a multiple of micro_batch_size {micro_size} times "
                 f"{readers}, the number of workers that read different sequences ({mesh}); change one of them"
             )
         wanted = self.distributed.gradient_accumulation_steps
+        if wanted is not None and self.distributed.is_elastic:
+            raise ConfigError(
+                f"distributed.gradient_accumulation_steps is {wanted}, but data_parallel_size is a pair: the steps "
+                "follow from the number of workers; leave it out"
+            )
         if wanted is not None and wanted != self.accumulation_steps:
             raise ConfigError(
                 f"distributed.gradient_accumulation_steps is {wanted}, but global_batch_size {global_size} / "
                 f"(micro_batch_size {micro_size} x {readers} readers: {mesh}) is "
                 f"{self.accumulation_steps}; leave it out or change the batch sizes"
+            )
+
+    def _check_elastic_batches(self, global_size: int, micro_size: int) -> None:
+        if impossible := [size for size in self.distributed.data_sizes if global_size % (micro_size * size)]:
+            raise ConfigError(
+                f"training.global_batch_size is {global_size}, not a multiple of micro_batch_size {micro_size} times "
+                f"{', '.join(map(str, impossible))}, which distributed.data_parallel_size "
+                f"{self.distributed.data_parallel_size} allows; choose a "
+                "batch that every number of workers divides, or a narrower pair"
             )
 
     def _check_model_against_data(self) -> None:

@@ -65,6 +65,7 @@ def train(
     after each checkpoint with the metrics of its step. `should_stop` is asked on rank 0 after each step: once it says
     yes, all workers save and leave. Raises TrainingError when the run cannot go on.
     """
+    config = config.with_workers(ranks.world_size)
     run = _Run.start(config, run_dir, data, ranks)
     speeds = []
     try:

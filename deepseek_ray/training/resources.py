@@ -34,24 +34,44 @@ class WorkerResources:
 
 
 def plan_workers(config: PretrainConfig, nodes: Sequence[NodeResources]) -> WorkerResources:
-    """Device and cores of each worker. Raises TrainingError when the cluster is too small for the run."""
-    num_workers, wanted = config.num_workers, config.training.device
-    num_gpus = sum(node.gpus for node in nodes)
-    if wanted == "cuda" and num_gpus < num_workers:
-        raise TrainingError(
-            f"training.device is 'cuda' for {num_workers} workers, but the cluster has {num_gpus} GPUs; lower "
-            "distributed.data_parallel_size, set training.device to cpu, or add nodes"
-        )
-    use_gpu = wanted == "cuda" or (wanted == "auto" and num_gpus >= num_workers)
+    """Device and cores of each worker. Raises TrainingError when the cluster is too small for the run.
+
+    An elastic run is planned for as many workers as fit now, and needs room for the fewest.
+    """
+    per_model = config.num_workers // config.distributed.data_sizes[-1]
+    sizes = [per_model * size for size in config.distributed.data_sizes]
+    for num_workers in reversed(sizes):
+        if planned := _plan(config, num_workers, nodes):
+            return planned
+    raise TrainingError(_what_is_missing(config, sizes[0], nodes))
+
+
+def _plan(config: PretrainConfig, num_workers: int, nodes: Sequence[NodeResources]) -> WorkerResources | None:
+    use_gpu = _uses_gpu(config, num_workers, nodes)
     asked = config.training.threads_per_worker
-    candidates = [asked] if asked else range(_GPU_THREADS if use_gpu else _MOST_THREADS, 0, -1)
-    for threads in candidates:
+    for threads in [asked] if asked else range(_GPU_THREADS if use_gpu else _MOST_THREADS, 0, -1):
         if sum(_room(node, threads, use_gpu) for node in nodes) >= num_workers:
             return WorkerResources(threads, use_gpu)
-    raise TrainingError(
-        f"{num_workers} workers of {asked or 1} CPU cores{' and 1 GPU' if use_gpu else ''} do not fit: the cluster has "
-        f"{sum(node.cpus for node in nodes)} cores and {num_gpus} GPUs on {len(nodes)} nodes; lower "
-        "distributed.data_parallel_size or training.threads_per_worker, or add nodes"
+    return None
+
+
+def _uses_gpu(config: PretrainConfig, num_workers: int, nodes: Sequence[NodeResources]) -> bool:
+    wanted = config.training.device
+    return wanted == "cuda" or (wanted == "auto" and sum(node.gpus for node in nodes) >= num_workers)
+
+
+def _what_is_missing(config: PretrainConfig, num_workers: int, nodes: Sequence[NodeResources]) -> str:
+    cores, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    if config.training.device == "cuda" and gpus < num_workers:
+        return (
+            f"training.device is 'cuda' for {num_workers} workers, but the cluster has {gpus} GPUs; lower "
+            "distributed.data_parallel_size, set training.device to cpu, or add nodes"
+        )
+    on_gpu = " and 1 GPU" if _uses_gpu(config, num_workers, nodes) else ""
+    return (
+        f"{num_workers} workers of {config.training.threads_per_worker or 1} CPU cores{on_gpu} do not fit: the cluster "
+        f"has {cores} cores and {gpus} GPUs on {len(nodes)} nodes; lower distributed.data_parallel_size or "
+        "training.threads_per_worker, or add nodes"
     )
 
 

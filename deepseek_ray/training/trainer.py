@@ -33,6 +33,7 @@ from deepseek_ray.training.progress import LOG_FILE, ProgressLine, RunFollower
 from deepseek_ray.training.ranks import Ranks, is_users_error
 from deepseek_ray.training.resources import NodeResources, WorkerResources, plan_workers
 from deepseek_ray.training.result import PretrainResult
+from deepseek_ray.training.strategies import require_backend
 
 LOCK_FILE = ".lock"
 
@@ -45,6 +46,7 @@ def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout, stop_file: Pat
     and ends after the step it is at. Raises TrainingError, DataError or ConfigError for what a person has to change.
     """
     run_dir = absolute_run_dir(config)
+    require_backend(config)
     with _lock(run_dir), connected():
         workers = plan_workers(config, _nodes())
         tuned = config if isinstance(config, FinetuneConfig) else None
@@ -100,7 +102,7 @@ def _fit(
         },
         torch_config=TorchConfig(timeout_s=config.distributed.timeout_s),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=_ray_workers(config),
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.threads, **({"GPU": 1} if workers.use_gpu else {})},
         ),
@@ -148,13 +150,19 @@ def _run_worker(values: dict[str, Any]) -> dict[str, Any]:
     return {"result": asdict(result)}
 
 
+def _ray_workers(config: PretrainConfig) -> Any:
+    """Ray Train's own form: a number, or (least, most) for an elastic run."""
+    sizes = config.distributed.data_sizes
+    return (sizes[0], sizes[-1]) if config.distributed.is_elastic else config.num_workers
+
+
 def _headline(config: PretrainConfig, workers: WorkerResources, data: PreparedData) -> str:
     model = config.model
     return (
         f"run {config.name}: {model.num_parameters / 1e6:,.1f} M parameters "
         f"({model.num_active_parameters / 1e6:,.1f} M active), {data.train.num_tokens / 1e6:,.2f} M training tokens, "
         f"{config.total_steps} steps of {config.tokens_per_step:,} tokens on "
-        f"{config.num_workers} x {workers.describe()}"
+        f"{'up to ' if config.distributed.is_elastic else ''}{config.num_workers} x {workers.describe()}"
     )
 
 

@@ -14,6 +14,7 @@ from deepseek_ray.actors.record import DeploymentRecord, ask_router
 logger = logging.getLogger(__name__)
 
 _LONGEST_INTERVAL_SECONDS = 5.0
+_JOIN_SECONDS = 10.0
 
 
 class Lease:
@@ -24,7 +25,8 @@ class Lease:
         self._owner = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._interval = min(_LONGEST_INTERVAL_SECONDS, record.config.orphan_timeout_seconds / 4)
         self._stopped = threading.Event()
-        threading.Thread(target=self._keep, name="lease", daemon=True).start()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
 
     def renew(self) -> bool:
         """Now; False when the deployment is ending. ValueError without a router, RayError when it does not answer."""
@@ -37,6 +39,7 @@ class Lease:
     def release(self) -> None:
         """Give the lease back; the last one to do so ends the deployment."""
         self.stop()
+        self._thread.join(_JOIN_SECONDS)  # a renewal under way must not come after the release
         try:
             ask_router(self._name, "release_lease", self._owner)
         except (ray.exceptions.RayError, ValueError) as error:

@@ -23,9 +23,10 @@ from ray import serve
 
 from deepseek_ray.actors.deployment import deployment_status
 from deepseek_ray.actors.record import list_deployments
+from tests.encoders import WIDTH, write_encoder
 from tests.head_node import free_ports
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = Path(sys.executable).with_name("serve")
@@ -65,13 +66,16 @@ class Deployed:
             ],
             "api": {"api_key_file": str(self.directory / "keys"), "max_replicas": 2, "upscale_delay_seconds": 0},
         }
+        encoder = yaml.safe_load((ROOT / "serve_apps" / "embeddings.yaml").read_text())["applications"][0]
+        encoder["args"] = {"model_dir": str(self.directory / "encoder"), "threads": 1}
+        values["applications"].append(encoder)
         file = self.directory / "serve.yaml"
         file.write_text(yaml.safe_dump(values))
         command = [str(SERVE), "deploy", "-a", self.dashboard, str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"{what} within {seconds} s: {serve.status()}"
@@ -79,13 +83,13 @@ class Deployed:
 
     def wait_deployed(self) -> None:
         """Until the controller has done all that the last file asks for."""
-        self.wait(lambda: self.status().status == "RUNNING", "the application is running")
+        self.wait(lambda: {self.status(name) for name in ("openai", "embeddings")} == {"RUNNING"}, "all runs")
 
-    def status(self) -> Any:
-        return serve.status().applications["openai"]
+    def status(self, application: str) -> str:
+        return serve.status().applications[application].status
 
     def num_ingresses(self) -> int:
-        return self.status().deployments["openai"].replica_states.get("RUNNING", 0)
+        return serve.status().applications["openai"].deployments["openai"].replica_states.get("RUNNING", 0)
 
     def is_ready(self) -> bool:
         try:
@@ -143,6 +147,7 @@ def asking(deployed: Deployed, num_tokens: int, num_clients: int = 1) -> Iterato
 def deployed(trained_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     directory = tmp_path_factory.mktemp("deploy")
     (directory / "keys").write_text(f"# of the tests\n{KEY}\n")
+    write_encoder(directory / "encoder")
     dashboard_port, port = free_ports(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
@@ -173,6 +178,14 @@ def test_a_request_chooses_among_the_models(deployed: Deployed) -> None:
     missing = deployed.post(1, model="third")
     assert missing.status_code == 404
     assert "'first', 'second'" in missing.json()["error"]["message"]
+
+
+def test_an_encoder_answers_beside_the_models(deployed: Deployed) -> None:
+    client = OpenAI(
+        base_url=deployed.url + "/embeddings/v1", api_key="none", _strict_response_validation=True, max_retries=0
+    )
+    reply = client.embeddings.create(model="encoder", input=["abc", "def"], encoding_format="float")
+    assert [len(item.embedding) for item in reply.data] == [WIDTH, WIDTH]
 
 
 def test_without_a_key_there_is_only_health(deployed: Deployed) -> None:

@@ -100,7 +100,7 @@ def test_files_for_serve_deploy_are_what_serve_and_the_applications_take(name: s
     (application,) = schema.applications
     assert application.import_path == f"serve_apps.{name}:app"
     build = import_attr(application.import_path)
-    with pytest.raises(CheckpointError, match="/models/.* is not a directory"):  # nothing but the models is missing
+    with pytest.raises(CheckpointError, match=r"/models/.* is not a directory"):  # nothing but the models is missing
         build(application.args)
 
 

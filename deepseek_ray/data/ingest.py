@@ -47,7 +47,7 @@ def encode_units(units: Sequence[ReadUnit], encoder: DocumentEncoder, config: Da
 
     DataError of a unit (a broken JSON line) is raised here, in the caller's process.
     """
-    with connected(), _quiet():
+    with connected(), quiet():
         total = sum(unit.num_bytes for unit in units)
         num_tasks = min(len(units), total // TASK_BYTES + 1, MAX_TASKS)
         rows = [asdict(unit) for unit in units]
@@ -139,7 +139,7 @@ def connected() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Ray Data without its own bars and log lines, in corpus order; settings and log level as before afterwards."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False

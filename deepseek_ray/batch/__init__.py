@@ -1,0 +1,1 @@
+"""Generation for files of prompts: parts of the input become whole files of output."""

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 from deepseek_ray.training.checkpoint import CheckpointStore
 from deepseek_ray.training.loop import CHECKPOINTS_DIR
 
 _OFFERED_DIR = "offered"
+_WRITE_TIMEOUT_SECONDS = 60.0
+_POLL_SECONDS = 0.05
 _KEEP_OFFERED = 3
 """An offer may be taken a few perturbations after it was made, when a paused trial gets its turn."""
 
 
-def offer(run_dir: Path) -> Path | None:
-    """Link the run's newest valid checkpoint aside and return where; None when it has none yet."""
+def offer(run_dir: Path, step: int = 0) -> Path | None:
+    """Link the run's newest valid checkpoint aside and return where; None when it has none.
+
+    Waits up to a minute for one of `step` or later, which the run may be writing just now.
+    """
+    deadline = time.monotonic() + _WRITE_TIMEOUT_SECONDS
+    while _newest_step(run_dir) < step and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
     newest = CheckpointStore(run_dir / CHECKPOINTS_DIR, keep=1).latest()
     if newest is None:
         return None
@@ -40,6 +49,11 @@ def take(offered: Path, run_dir: Path) -> None:
     _link(offered, incoming / offered.name)
     shutil.rmtree(checkpoints, ignore_errors=True)
     os.rename(incoming, checkpoints)
+
+
+def _newest_step(run_dir: Path) -> int:
+    names = (path.name.removeprefix("step-") for path in (run_dir / CHECKPOINTS_DIR).glob("step-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -77,9 +77,10 @@ class _Past:
 class Population(Seats, PopulationBasedTraining):
     """Population based training (arXiv 1711.09846): the worse trials go on from the better ones' weights.
 
-    `explore(own, donor, tokens)` gives the new configuration of trial `own` (its Tune configuration) after the
-    example of trial `donor`. `seats`: trials that may run at once; of a larger population they take turns
-    at every perturbation. `more_to_come`: whether the population is not complete yet.
+    Synchronous: at every perturbation all trials pause, are compared at equal tokens, and go on. `explore(own, donor,
+    tokens)` gives the new configuration of trial `own` (its Tune configuration) after the example of trial `donor`.
+    `seats`: trials that may run at once; a larger population takes turns. `more_to_come`: whether the population is not
+    complete yet.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class Population(Seats, PopulationBasedTraining):
             custom_explore_fn=lambda config: config,
             log_config=False,
             require_attrs=False,
+            synch=True,
         )
-        self._explore_trial, self._seats_count, self._more_to_come = explore, seats, more_to_come
+        self._explore_trial, self._num_seats, self._more_to_come = explore, seats, more_to_come
         random.seed(seed)  # Ray draws the donor with the global generator
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -110,14 +112,25 @@ class Population(Seats, PopulationBasedTraining):
         self._trial_state[trial] = _PBTTrialState(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict) -> str:
-        decision = super().on_trial_result(tune_controller, trial, result)
-        perturbed = self._trial_state[trial].last_perturbation_time == result["tokens"]
-        if decision == TrialScheduler.CONTINUE and perturbed and self._more_to_come():
-            return TrialScheduler.PAUSE  # its turn is over; those who have had none come first
-        return decision
+        state = self._trial_state[trial]
+        due = result["tokens"] - state.last_perturbation_time >= self._perturbation_interval
+        if due and self._more_to_come():
+            self._save_trial_state(state, result["tokens"], result, trial)
+            return TrialScheduler.PAUSE  # those who have not had a turn come first
+        return super().on_trial_result(tune_controller, trial, result)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        return super().choose_trial_to_run(tune_controller) if self.num_running() < self._seats_count else None
+        running = self.num_running()
+        if running >= self._num_seats:
+            return None
+        chosen = super().choose_trial_to_run(tune_controller)
+        paused = [trial for trial in tune_controller.get_trials() if trial.status == Trial.PAUSED]
+        if chosen is None and paused and not running and not self._more_to_come():
+            # The one that all were waiting for has failed or ended: they go on as they are.
+            reached = max(self._trial_state[trial].last_train_time for trial in paused)
+            self._next_perturbation_sync = reached + self._perturbation_interval
+            chosen = super().choose_trial_to_run(tune_controller)
+        return chosen
 
     def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict, dict]:
         tokens = int(self._trial_state[trial_to_clone].last_train_time)

@@ -94,9 +94,9 @@ class Sweep:
 
     def report(self, number: int, tokens: int, value: float) -> None:
         """Remember a trial's metric after `tokens` tokens, for samplers that learn from trials stopped early."""
-        if len(self.settings.objectives) == 1:
-            trial = optuna.trial.Trial(self.study, self._trial(number)._trial_id)
-            trial.report(value, tokens)
+        trial = self._trial(number)
+        if len(self.settings.objectives) == 1 and tokens not in trial.intermediate_values:
+            self.study._storage.set_trial_intermediate_value(trial._trial_id, tokens, value)
 
     def change(self, number: int, donor: int, tokens: int, params: Mapping[str, Any], sample: Sample) -> None:
         """Population based training: the trial goes on from the weights of trial `donor` with other settings."""

@@ -37,16 +37,19 @@ class TrialRun(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a small trial lasts seconds
         self._run: TrainingThread | None = None
+        self._reported_step = 0
 
     def step(self) -> dict[str, Any]:
         """The next validation, or the end. The run starts here, after Tune has handed over a checkpoint, if any."""
         if self._run is None:
             self._run = TrainingThread(self._run_config())
         result = self._run.next_result()
+        self._reported_step = result.get("step", 0)
         return {"index": self.config["index"], **result}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        offered = inherit.offer(self._run_config().run_dir)
+        """Offer the checkpoint of the step that was reported last; the workers write it after they have validated."""
+        offered = inherit.offer(self._run_config().run_dir, self._reported_step)
         return {"index": self.config["index"], "checkpoint": None if offered is None else str(offered)}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
@@ -58,7 +61,7 @@ class TrialRun(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
-        self.config = new_config
+        self.config, self._reported_step = new_config, 0
         return True
 
     def cleanup(self) -> None:

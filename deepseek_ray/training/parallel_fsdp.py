@@ -8,6 +8,7 @@ belong to the root, because several modules use them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +27,8 @@ class FullySharded(Parallelism):
     def _shard(self, model: DeepSeekForCausalLM) -> Forward:
         model.to(self.world.device)
         if self.world.world_size > 1:
+            # It warns of in-place changes of a module's output; the decoder makes none.
+            warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
             mesh = init_device_mesh(self.world.device.type, (self.world.world_size,), mesh_dim_names=("data",))
             for module, policy in self._groups(model):
                 fully_shard(module, mesh=mesh, mp_policy=policy)

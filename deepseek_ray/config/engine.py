@@ -34,13 +34,17 @@ class DeploymentConfig(FrozenConfig):
     """One served model: a router, attention workers and expert shards."""
 
     name: str = Field(default="default", pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")
+    """Name of the deployment on its cluster."""
     model_dir: str
     """Checkpoint directory in the Hugging Face layout, readable on every node under this path."""
     served_model_name: str | None = None
     """Name clients use; None takes the directory's name."""
     dtype: InferenceDtype = "bfloat16"
+    """Type of weights and activations."""
     attention_workers: int = Field(default=1, ge=1)
+    """Processes that own attention and the KV cache, each of its own sequences."""
     expert_shards: int = Field(default=2, ge=1)
+    """Processes among which the routed experts of every layer are divided."""
     threads: int | None = Field(default=None, ge=1)
     """Cores the whole engine may use; None takes all of them."""
     transport: Literal["auto", "shared_memory", "tcp"] = "auto"

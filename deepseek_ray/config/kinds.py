@@ -32,6 +32,11 @@ KINDS = {
         "Training runs",
         "`python jobs/pretrain.py --config FILE`, `deepseek-ray quickstart`",
     ),
+    "finetune": Kind(
+        "deepseek_ray.config.finetune:FinetuneConfig",
+        "Fine-tuning runs",
+        "`python jobs/finetune.py --config FILE`",
+    ),
     "deployment": Kind(
         "deepseek_ray.config.engine:DeploymentConfig",
         "Served models",

@@ -7,7 +7,6 @@ Field names are those of the public DeepSeek configuration files. Sources: DeepS
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,106 +15,91 @@ from pydantic import Field, model_validator
 
 from deepseek_ray.config.base import FrozenConfig
 from deepseek_ray.config.hf_model import GATES, hf_fields, to_hf_values
+from deepseek_ray.config.model_sections import Fp8Quantization, RopeScaling, yarn_mscale
 from deepseek_ray.errors import CheckpointError, ConfigError
 
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
-
-
-class RopeScaling(FrozenConfig):
-    """YaRN: how rotary frequencies are stretched beyond the context length of pre-training."""
-
-    type: Literal["yarn"] = "yarn"
-    factor: float = Field(ge=1, allow_inf_nan=False)
-    """Longest context divided by the one of pre-training."""
-    original_max_position_embeddings: int = Field(ge=1)
-    beta_fast: float = Field(default=32, gt=0, allow_inf_nan=False)
-    """Rotations over the original context above which a frequency is left alone."""
-    beta_slow: float = Field(default=1, gt=0, allow_inf_nan=False)
-    """Rotations below which a frequency is divided by `factor` in full."""
-    mscale: float | None = Field(default=None, allow_inf_nan=False)
-    mscale_all_dim: float | None = Field(default=None, allow_inf_nan=False)
-    attention_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Multiplier of cos and sin; None derives it from `factor`, `mscale` and `mscale_all_dim`."""
-    truncate: bool = True
-    """Round the ends of the ramp between the two frequency ranges to whole dimensions."""
-
-    @property
-    def cos_sin_multiplier(self) -> float:
-        """What cos and sin are multiplied with; 1.0 in the public models, whose two mscales are equal."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.mscale and self.mscale_all_dim:
-            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
-        return yarn_mscale(self.factor, 1.0)
-
-
-class Fp8Quantization(FrozenConfig):
-    """Weights stored as FP8 with one scale per block; they are read, never written."""
-
-    quant_method: Literal["fp8"] = "fp8"
-    fmt: Literal["e4m3"] = "e4m3"
-    weight_block_size: tuple[int, int] = (128, 128)
-    """Rows and columns that share one entry of `weight_scale_inv`."""
-    activation_scheme: str = "dynamic"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if min(self.weight_block_size) < 1:
-            raise ConfigError(f"weight_block_size is {list(self.weight_block_size)}; both sides must be at least 1")
-        return self
 
 
 class ModelConfig(FrozenConfig):
     """One DeepSeek V2 or V3 model. `deepseek_v3` also stands for R1 and V3.1, whose architecture is the same."""
 
     model_type: Literal["deepseek_v2", "deepseek_v3"] = "deepseek_v3"
+    """Architecture, in transformers' words. R1 and V3.1 are `deepseek_v3`."""
     vocab_size: int = Field(ge=1, le=2**24)
+    """Rows of the token embedding and of the output head."""
     hidden_size: int = Field(ge=1, le=2**20)
+    """Width of the residual stream."""
     intermediate_size: int = Field(ge=1, le=2**22)
     """Width of the dense layers' MLP."""
     moe_intermediate_size: int = Field(ge=1, le=2**22)
     """Width of one routed expert; the shared experts are one MLP of `n_shared_experts` times this."""
     num_hidden_layers: int = Field(ge=1, le=512)
+    """Decoder layers, those with a dense MLP included."""
     num_attention_heads: int = Field(ge=1, le=2**14)
+    """Query heads; each has its own keys and values, made from the shared latent."""
     n_shared_experts: int = Field(default=0, ge=0, le=1024)
+    """Experts that every token passes; 0 has none."""
     n_routed_experts: int = Field(ge=1, le=2048)
+    """Experts of one layer from which the gate chooses."""
     num_experts_per_tok: int = Field(ge=1)
+    """Routed experts of one token."""
     n_group: int = Field(default=1, ge=1)
+    """Equal groups into which the gate divides the routed experts."""
     topk_group: int = Field(default=1, ge=1)
     """Groups a token may choose experts from."""
     routed_scaling_factor: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Multiplier of the routed experts' weights."""
     norm_topk_prob: bool = True
     """Divide the chosen experts' scores by their sum. V2's gate has no such step, whatever this says."""
     scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
+    """From the gate's logits to scores."""
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
+    """How experts are chosen; `noaux_tc` adds correction biases, which balancing moves, to the scores."""
     first_k_dense_replace: int = Field(default=0, ge=0)
     """Number of leading layers with a dense MLP instead of experts."""
     moe_layer_freq: int = Field(default=1, ge=1)
     """Of the layers after the dense ones, those whose index is a multiple of this have experts."""
     kv_lora_rank: int = Field(ge=1, le=2**20)
+    """Width of the latent that is cached in place of keys and values."""
     q_lora_rank: int | None = Field(default=None, ge=1, le=2**20)
     """None projects queries from the hidden state directly (V2-Lite)."""
     qk_rope_head_dim: int = Field(ge=2, le=2**16)
+    """Width of a head's rotary part; the key's is shared by all heads."""
     qk_nope_head_dim: int = Field(ge=1, le=2**16)
+    """Width of a head's part without positions."""
     v_head_dim: int = Field(ge=1, le=2**16)
+    """Width of a head's values."""
     max_position_embeddings: int = Field(default=4096, ge=1)
+    """Longest context in tokens."""
     rope_theta: float = Field(default=10000.0, gt=1, allow_inf_nan=False)
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
+    """Extension of the context (YaRN); None has none."""
     rope_interleave: bool = True
     """Rotary pairs are neighbours (2i, 2i + 1), not halves (i, i + d/2)."""
     rms_norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
+    """Added to the mean square in every norm."""
     tie_word_embeddings: bool = False
+    """The output head is the token embedding."""
     attention_bias: bool = False
     """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj."""
     num_nextn_predict_layers: int = Field(default=0, ge=0, le=64)
     """Multi-token-prediction layers after the last decoder layer."""
     bos_token_id: int | None = None
+    """Id that begins a text; None leaves it to the tokenizer."""
     eos_token_id: int | list[int] | None = None
+    """Id, or ids, that end a generation."""
     pad_token_id: int | None = None
+    """Id that fills up batches; nothing here needs one."""
     initializer_range: float = Field(default=0.02, gt=0, allow_inf_nan=False)
+    """Standard deviation of the weights before training."""
     aux_loss_alpha: float = Field(default=0.001, ge=0, allow_inf_nan=False)
+    """Carried in `config.json` for other readers; training takes `balance.sequence_loss_alpha`."""
     seq_aux: bool = True
+    """Carried in `config.json` for other readers."""
     quantization_config: Fp8Quantization | None = None
+    """How the checkpoint's weights are stored, where they are FP8; None for plain ones."""
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> Self:
@@ -270,11 +254,6 @@ class ModelConfig(FrozenConfig):
         key_value += self.kv_lora_rank * self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
         bias = (rank or 0) + self.latent_width + self.hidden_size if self.attention_bias else 0
         return query + key_value + values * self.hidden_size + bias
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1 (arXiv 2309.00071, section 3.4)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 _ALLOWED_GATES = {

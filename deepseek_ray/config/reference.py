@@ -39,47 +39,59 @@ Editors with the YAML language server check and complete a file whose first line
 
 def reference_markdown() -> str:
     """The whole page."""
-    return "\n".join([_HEAD, *(line for name, kind in KINDS.items() for line in _kind_section(name, kind))])
+    told: dict[str, str] = {}
+    return "\n".join([_HEAD, *(line for name, kind in KINDS.items() for line in _kind_section(name, kind, told))])
 
 
-def _kind_section(name: str, kind: Kind) -> Iterator[str]:
+def _kind_section(name: str, kind: Kind, told: dict[str, str]) -> Iterator[str]:
+    """`told` says under which heading each class's keys are told; it grows on the way."""
     schema = json_schema(kind.config_class)
+    told[kind.config_class.__name__] = kind.title
     yield f"## {kind.title}\n"
     yield f"Kind `{name}` (`--kind {name}`): {kind.used_by}. {_one_line(schema.get('description', ''))}\n"
-    yield from _table(schema, "")
-    yield from _sections(schema, schema, ())
+    yield from _table(schema, "", schema["$defs"])
+    yield from _sections(schema, schema, "", kind.title, told)
 
 
-def _sections(node: dict[str, Any], schema: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    """One table for each section inside `node`, outer ones first."""
+def _sections(
+    node: dict[str, Any], schema: dict[str, Any], prefix: str, title: str, told: dict[str, str]
+) -> Iterator[str]:
+    """One table for each section inside `node`, outer ones first; a class is told once on the page."""
     for key, field in node["properties"].items():
-        section = _section_of(field, schema)
-        if section is not None:
-            inner = (*path, f"{key}[]" if "items" in field else key)
-            yield f"### `{'.'.join(inner)}`\n"
-            yield f"{_one_line(section.get('description', ''))}\n"
-            yield from _table(section, ".".join(inner) + ".")
-            yield from _sections(section, schema, inner)
+        name = _section_name(field)
+        section = schema["$defs"].get(name, {})
+        if "properties" not in section:
+            continue
+        path = f"{prefix}{key}[]" if "items" in field else f"{prefix}{key}"
+        yield f"### `{path}`\n"
+        if name in told:
+            yield f"The keys are told under [{told[name]}](#{told[name].lower().replace(' ', '-')}).\n"
+            continue
+        told[name] = title
+        yield f"{_one_line(section.get('description', ''))}\n"
+        yield from _table(section, f"{path}.", schema["$defs"])
+        yield from _sections(section, schema, f"{path}.", title, told)
 
 
-def _table(section: dict[str, Any], prefix: str) -> Iterator[str]:
+def _table(section: dict[str, Any], prefix: str, classes: dict[str, Any]) -> Iterator[str]:
+    """A row for each key. A section that says nothing of itself is described by its class."""
     required = section.get("required", [])
     yield "| key | type | default | allowed | meaning |"
     yield "|---|---|---|---|---|"
     for key, field in section["properties"].items():
         default = "**required**" if key in required else _default(field)
-        cells = (f"`{prefix}{key}`", _type(field), default, _bounds(field), _one_line(field.get("description", "")))
+        meaning = field.get("description") or classes.get(_section_name(field), {}).get("description", "")
+        cells = (f"`{prefix}{key}`", _type(field), default, _bounds(field), _one_line(meaning))
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
 
 
-def _section_of(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any] | None:
-    """The schema of the keys inside a field, or None if it has none."""
-    for option in [field, *field.get("anyOf", []), *([field["items"]] if "items" in field else [])]:
+def _section_name(field: dict[str, Any]) -> str:
+    """The class of the keys inside a field, of each item of a list; "" if it has none."""
+    for option in [field, *field.get("anyOf", []), field.get("items", {})]:
         if "$ref" in option:
-            section = schema["$defs"][option["$ref"].rpartition("/")[2]]
-            return section if "properties" in section else None
-    return None
+            return option["$ref"].rpartition("/")[2]
+    return ""
 
 
 def _default(field: dict[str, Any]) -> str:

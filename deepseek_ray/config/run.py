@@ -25,6 +25,7 @@ class OptimizerConfig(FrozenConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment per step."""
     eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Decoupled decay of matrices; norms and biases are never decayed."""
     decay_embeddings: bool = False

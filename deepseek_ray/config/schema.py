@@ -14,7 +14,7 @@ def json_schema(cls: type[FrozenConfig]) -> dict[str, Any]:
     """The schema of what a file of this class may say, which is a little more than what the class holds.
 
     A run file may name a `config.json` in place of the model's fields, and may leave out `vocab_size`, which then is
-    that of the tokenizer.
+    that of the tokenizer, or the whole model where there is a `base_model`.
     """
     schema = cls.model_json_schema()
     model = cls.model_fields.get("model")
@@ -23,5 +23,8 @@ def json_schema(cls: type[FrozenConfig]) -> dict[str, Any]:
         fields["required"] = [name for name in fields["required"] if name != "vocab_size"]
         reference = schema["properties"]["model"]
         description = reference.pop("description", None)
+        if "base_model" in cls.model_fields:
+            fields["required"] = []
+            schema["required"] = [name for name in schema["required"] if name != "model"]
         schema["properties"]["model"] = {"anyOf": [reference, {"type": "string"}], "description": description}
     return {"$schema": DIALECT, **schema}

@@ -61,6 +61,7 @@ class EmbeddingsConfig(FrozenConfig):
     served_model_name: str | None = None
     """Name clients use; None takes the directory's name."""
     dtype: InferenceDtype = "float32"
+    """Type of weights and activations."""
     threads: int | None = Field(default=None, ge=1)
     """Cores of each process; None takes all of its node."""
     min_batch: int = Field(default=1, ge=1)

@@ -31,6 +31,16 @@ def test_every_shipped_run_file_fits_the_schema(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs" / "finetune").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_a_fine_tuning_file_needs_no_model(path: Path) -> None:
+    values = read_yaml(path)
+    validator("finetune").validate(values)
+    assert validator("finetune").is_valid({**values, "model": {"rms_norm_eps": 1e-5}})
+    assert not validator("finetune").is_valid({key: value for key, value in values.items() if key != "base_model"})
+
+
+@pytest.mark.parametrize(
     ("section", "changes"),
     [
         ("training", {"stpes": 5}),
@@ -72,7 +82,7 @@ def test_every_key_is_on_the_page_once() -> None:
         "model.hidden_size",
         "model.rope_scaling.factor",
         "optimizer.betas",
-        "data.paths",
+        "training.steps",
         "distributed.strategy",
     ):
         assert page.count(f"| `{key}` |") == 1

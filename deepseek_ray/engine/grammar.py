@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     # engine/grammar_check.py starts a process for every new constraint, and that has no use for a tokenizer
     from deepseek_ray.engine.tokenizer import Tokenizer
 
-_WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Between the parts of JSON unless a request says otherwise. Bounded: a model that has lost its way pads for ever."""
+_WHITESPACE = r"( |\n[ \t]{0,32})"
+"""Between the parts of JSON unless a request says otherwise: what a pretty-printer writes. Bounded, since a model that
+has lost its way pads for ever."""
 _MAX_COMPILED = 16
 """Compiled constraints that are kept, the most recently used ones."""
 

@@ -23,7 +23,7 @@ CPU_SECONDS = 2
 """Processor time to start the process and compile; what most constraints need is a tenth of a second."""
 MEMORY_BYTES = 2**30
 """Address space. Of this, a constraint may take about 800 MB while it is compiled."""
-_WALL_SECONDS = 30.0
+_WALL_SECONDS = 60.0
 """The bound above counts processor time, so that a busy machine refuses nothing; this is for a machine that hangs."""
 _MAX_VERDICTS = 256
 MAX_PROCESSES = 2

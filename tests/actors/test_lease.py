@@ -16,12 +16,14 @@ class FakeRouter:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.renewed = threading.Semaphore(0)
-        self.may_answer = threading.Event()
-        self.may_answer.set()
+        self.asked = threading.Event()
+        self.may_renew = threading.Event()
+        self.may_renew.set()
 
     def ask(self, name: str, method: str, owner: str) -> bool:
         assert name == "default"
-        assert self.may_answer.wait(10)
+        self.asked.set()
+        assert method == "release_lease" or self.may_renew.wait(10)
         self.calls.append((method, owner))
         self.renewed.release()
         return True
@@ -57,11 +59,13 @@ def test_it_is_renewed_until_it_is_released(router: FakeRouter) -> None:
 
 
 def test_a_renewal_under_way_does_not_come_after_the_release(router: FakeRouter) -> None:
-    router.may_answer.clear()
+    router.may_renew.clear()
     lease = Lease(record(orphan_timeout_seconds=30))
+    assert router.asked.wait(10)
     releasing = threading.Thread(target=lease.release)
     releasing.start()
-    router.may_answer.set()
+    releasing.join(0.2)  # long enough for a release that does not wait
+    router.may_renew.set()
     releasing.join(10)
     assert [method for method, _ in router.calls] == ["renew_lease", "release_lease"]
 

@@ -175,6 +175,8 @@ def test_ignore_eos_goes_on_as_long_as_the_shape_does() -> None:
     output = one(shape(regex="a{1,5}"), logit_bias={BYTE_EOS: 100.0}, ignore_eos=True)
     assert (output.text, output.finish_reason) == ("aaaaa", "stop")
     assert BYTE_EOS not in output.token_ids
+    nothing = one(shape(regex=""), ignore_eos=True)  # nothing else can come
+    assert (nothing.text, nothing.finish_reason, nothing.token_ids) == ("", "stop", [BYTE_EOS])
 
 
 def test_stop_tokens_end_what_is_complete_and_nothing_else() -> None:

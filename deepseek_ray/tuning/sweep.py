@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.errors import ConfigError, SweepError
-from deepseek_ray.tuning.settings import SweepSettings, trial_name
+from deepseek_ray.tuning.settings import TRIALS_DIR, SweepSettings, trial_name
 from deepseek_ray.tuning.space import Sample, Space, sampled_config
 from deepseek_ray.tuning.study import open_study
 
@@ -164,8 +164,6 @@ class Sweep:
 
 def run_dir(sweep_dir: Path, index: int) -> Path:
     """Where trial `index` trains."""
-    from deepseek_ray.tuning.settings import TRIALS_DIR
-
     return sweep_dir / TRIALS_DIR / trial_name(index)
 
 

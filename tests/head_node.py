@@ -9,13 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 
 RAY = Path(sys.executable).with_name("ray")
@@ -43,8 +42,8 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def head_node() -> Iterator[HeadNode]:
-    """`ray start --head` with 2 CPUs; every process of it is gone afterwards."""
+def head_node(variables: Mapping[str, str] | None = None) -> Iterator[HeadNode]:
+    """`ray start --head` with 2 CPUs; every process of it is gone afterwards. `variables`: more of its environment."""
     # A short path: Ray puts sockets in it, and their paths may have 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))
     (directory / "home").mkdir()
@@ -58,6 +57,7 @@ def head_node() -> Iterator[HeadNode]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_TMPDIR": str(directory / "ray"),
+        **(variables or {}),
     }
     gcs, dashboard, client = free_ports(3)
     command = [
@@ -69,27 +69,25 @@ def head_node() -> Iterator[HeadNode]:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
     try:
         address = f"http://127.0.0.1:{dashboard}"
-        _wait_until_up(address, head, directory / "head.log")
+        _wait_until_up(address, environment["RAY_AUTH_TOKEN"], head, directory / "head.log")
         yield HeadNode(address, f"127.0.0.1:{gcs}", environment, directory)
     finally:
         _stop(head)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _wait_until_up(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    """The dashboard answers 401 to a caller without a token as soon as it is up."""
+def _wait_until_up(address: str, token: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    """Until it takes a job: the dashboard is up before the agent that starts jobs."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         assert head.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5)
-        except urllib.error.HTTPError as error:
-            if error.code == 401:
+        with suppress(httpx.TransportError):
+            headers = {"Authorization": f"Bearer {token}"}
+            reply = httpx.post(f"{address}/api/jobs/", json={"entrypoint": "true"}, headers=headers, timeout=30)
+            if reply.status_code == 200:
                 return
-        except OSError:
-            pass
         time.sleep(0.1)
-    raise AssertionError(f"no dashboard at {address} within 90 s: {log.read_text()}")
+    raise AssertionError(f"no job can be submitted to {address} within 90 s: {log.read_text()}")
 
 
 def _stop(head: subprocess.Popen[bytes]) -> None:

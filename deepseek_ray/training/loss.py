@@ -17,7 +17,8 @@ def next_tokens(tokens: Tensor, document_ids: Tensor, ahead: int = 1, loss_mask:
     """The token that each input position predicts: the one `ahead` places further in the same document.
 
     tokens: [B, S + 1] int64 and document_ids: [B, S + 1], a sample as the loader gives it: the first S tokens are the
-    input. loss_mask: [B, S + 1] bool, True where a token is to be predicted; None: everywhere. Returns [B, S] int64, with IGNORED_TARGET where that token lies in another document, beyond the sample, or is not to be predicted.
+    input. loss_mask: [B, S + 1] bool, True where a token is to be predicted; None: everywhere. Returns [B, S] int64,
+    with IGNORED_TARGET where that token lies in another document, beyond the sample, or is not to be predicted.
     Documents are contiguous, so equal ids at both ends mean equal ids between them.
     """
     targets = torch.full_like(tokens[:, 1:], IGNORED_TARGET)

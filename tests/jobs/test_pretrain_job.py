@@ -74,7 +74,7 @@ def test_a_job_without_the_token_is_refused(cluster: HeadNode) -> None:
     ("arguments", "message"),
     [
         (["--set", "training.stpes=5"], "unknown key 'training.stpes'; did you mean 'steps'"),
-        (["--set", "distributed.strategy=fsdp"], "distributed.strategy is 'fsdp'; available: ddp"),
+        (["--set", "distributed.strategy=fdsp"], "distributed.strategy is 'fdsp': Input should be 'ddp', 'fsdp'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: list[str], message: str) -> None:

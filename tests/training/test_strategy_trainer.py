@@ -24,7 +24,7 @@ STEPS = {"steps": 6, "micro_batch_size": 2, "checkpoint_interval": 3, "validatio
     "distributed",
     [
         {"strategy": "fsdp", "data_parallel_size": [1, 2]},
-        {"strategy": "deepspeed", "zero_stage": 3, "data_parallel_size": 2},
+        pytest.param({"strategy": "deepspeed", "zero_stage": 3, "data_parallel_size": 2}, marks=pytest.mark.slow),
     ],
     ids=["fsdp, elastic", "deepspeed"],
 )

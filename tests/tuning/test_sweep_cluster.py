@@ -48,6 +48,7 @@ def wait_until_free() -> None:
     raise AssertionError(f"left: {groups}, free: {ray.available_resources()}")
 
 
+@pytest.mark.slow
 def test_a_sweep_from_python_to_a_model_that_answers(tmp_path: Path) -> None:
     output = io.StringIO()
     result = search_hyperparameters(
@@ -74,6 +75,7 @@ def test_a_sweep_from_python_to_a_model_that_answers(tmp_path: Path) -> None:
     assert again.trials == result.trials == SearchResult.read(tmp_path / "small-sweep").trials
 
 
+@pytest.mark.slow
 def test_a_worse_trial_goes_on_from_the_weights_of_a_better_one(tmp_path: Path) -> None:
     result = search_hyperparameters(
         run_of(tmp_path), first_then(1e-2, 1e-12), num_trials=2, budget_tokens=BUDGET, scheduler="pbt", seed=1,
@@ -93,9 +95,11 @@ def test_a_worse_trial_goes_on_from_the_weights_of_a_better_one(tmp_path: Path) 
     wait_until_free()
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_every_trial_fails_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(
-        SweepError, match=r"all 2 ended trials of sweep 'small-sweep' failed; .*\(2 times\): step 1.*lower"
+        SweepError,
+        match=r"all 2 ended trials of sweep 'small-sweep' failed; .*\(2 times\): step \d+: the loss is nan",
     ):
         search_hyperparameters(
             run_of(tmp_path), {"optimizer.lr": 1e30}, num_trials=2, budget_tokens=BUDGET, stream=io.StringIO()
@@ -116,6 +120,7 @@ def test_cores_that_others_hold_are_said_to_be_missing(tmp_path: Path) -> None:
             search_hyperparameters(run_of(tmp_path), first_then(1e-2), num_trials=2, stream=io.StringIO())
     finally:
         ray.kill(holder)
+    wait_until_free()
 
 
 def test_architectures_are_measured_and_the_front_is_told(tmp_path: Path) -> None:

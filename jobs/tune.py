@@ -17,15 +17,13 @@ import sys
 from cluster_python import use_cluster_python
 
 
-def main() -> int:
+def main() -> None:
     sys.path.insert(0, "")  # the job's working directory, where tune_spaces/ is
     from deepseek_ray.cli.main import main as command
 
-    sys.argv = ["deepseek-ray", "tune", *sys.argv[1:]]
-    command()
-    return 0
+    command(["tune", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
     use_cluster_python()
-    sys.exit(main())
+    main()

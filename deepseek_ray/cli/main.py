@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from deepseek_ray import __version__
+from deepseek_ray.cli.batch import batch
 from deepseek_ray.cli.chat import chat
 from deepseek_ray.cli.complete import complete
 from deepseek_ray.cli.config import config
 from deepseek_ray.cli.doctor import doctor
+from deepseek_ray.cli.evaluate import evaluate
+from deepseek_ray.cli.from_config import SeveralValuesCommand
 from deepseek_ray.cli.quickstart import quickstart
 from deepseek_ray.cli.serve import serve
 from deepseek_ray.cli.status import status
 from deepseek_ray.cli.tune import tune
 from deepseek_ray.errors import DeepSeekRayError
 
+_NAME = "deepseek-ray"
 _HELP = """Train, search and serve DeepSeek-style mixture-of-experts models on Ray.
 
 [bold]Examples[/bold]
@@ -30,7 +35,7 @@ _HELP = """Train, search and serve DeepSeek-style mixture-of-experts models on R
 """
 
 app = typer.Typer(
-    name="deepseek-ray",
+    name=_NAME,
     help=_HELP,
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -45,12 +50,14 @@ app.command()(chat)
 app.command()(complete)
 app.command()(doctor)
 app.command()(tune)
+app.command(cls=SeveralValuesCommand)(evaluate)
+app.command(cls=SeveralValuesCommand)(batch)
 app.add_typer(config, name="config")
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"deepseek-ray {__version__}")
+        print(f"{_NAME} {__version__}")
         raise typer.Exit()
 
 
@@ -63,12 +70,15 @@ def options(
     pass
 
 
-def main() -> None:
-    """Exit codes: 0 done, 1 an error of ours in one line on stderr, 2 wrong usage, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None, told_by: str = _NAME) -> None:
+    """Exit codes: 0 done, 1 an error of ours in one line on stderr, 2 wrong usage, 130 interrupted.
+
+    `arguments` None takes those of the process. `told_by` stands before an error's line.
+    """
     try:
-        app()
+        app(arguments, prog_name=_NAME)
     except DeepSeekRayError as error:
-        print(f"deepseek-ray: {error}", file=sys.stderr)
+        print(f"{told_by}: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # `deepseek-ray complete ... | head`
         sys.stderr.close()

@@ -31,14 +31,19 @@ class BatchConfig(FrozenConfig):
     threads: int | None = Field(default=None, ge=1)
     """CPU cores of each worker; None divides those of the cluster."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and cache."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and output together; None takes the model's own limit."""
     max_tokens: int = Field(default=128, ge=1)
+    """Most tokens that are generated for a row."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the likeliest token; above, every row has its own seed."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample among the likeliest tokens that together have this probability."""
     top_k: int = Field(default=0, ge=0)
+    """Sample among that many likeliest tokens; 0 takes all."""
     stop: tuple[str, ...] = ()
+    """Texts that end an output; they are left out of it."""
     seed: int = Field(default=0, ge=0, lt=2**62)
     """Row n samples with seed + n, so that outputs do not depend on workers or resumes."""
 

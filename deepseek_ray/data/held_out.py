@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_ray.config.data import DataConfig, SourceKind
+from deepseek_ray.config.evaluation import BUILT_IN
 from deepseek_ray.data.blocks import TokenBlocks
 from deepseek_ray.data.corpus import find_files, plan_units
 from deepseek_ray.data.encoding import DocumentEncoder
@@ -18,7 +19,6 @@ from deepseek_ray.data.prepare import progress_bars
 from deepseek_ray.data.readers import read_unit
 from deepseek_ray.errors import DataError
 
-BUILT_IN = "stdlib"
 _SOURCES: dict[str, SourceKind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 

@@ -9,20 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from deepseek_ray.config.base import FrozenConfig
 from deepseek_ray.config.data import DataConfig
+from deepseek_ray.config.evaluation import BUILT_IN, EvaluationConfig
 from deepseek_ray.config.finetune import ConversationsConfig
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.data.blocks import TokenBlocks
-from deepseek_ray.data.held_out import BUILT_IN, source_of, write_held_out
+from deepseek_ray.data.held_out import source_of, write_held_out
 from deepseek_ray.data.prepare_conversations import pack_held_out
 from deepseek_ray.errors import CheckpointError, ConfigError
 from deepseek_ray.models.load import load_model
@@ -31,29 +30,6 @@ from deepseek_ray.training.evaluate import validate
 from deepseek_ray.training.objective import MicroBatch
 from deepseek_ray.training.parallel_ddp import DataParallel
 from deepseek_ray.training.ranks import Ranks
-
-
-class EvaluationConfig(FrozenConfig):
-    """What is measured, and how."""
-
-    data: tuple[str, ...] = (BUILT_IN,)
-    """`stdlib`, for the validation split of the built-in corpus, or text, JSONL or Parquet files of one kind."""
-    text_field: str = "text"
-    """Field of a JSON line, or column of a Parquet file, that holds the text."""
-    chat: bool = False
-    """The files are conversations: only the assistant's tokens are measured."""
-    messages_field: str = "messages"
-    prompt_field: str = "prompt"
-    completion_field: str = "completion"
-    """Fields of conversations, as in fine-tuning."""
-    sequence_length: int = Field(default=512, ge=2)
-    """Tokens that are seen together, as far as the model allows."""
-    batch_size: int = Field(default=8, ge=1)
-    """Samples per forward pass."""
-    max_samples: int | None = Field(default=None, ge=1)
-    """Measure the first samples only; None measures all."""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    threads: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Trained once per configuration into `.cache/tests`, in under a minute on two idl
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -41,16 +42,23 @@ print(result.checkpoint)
 def trained_model_dir() -> Path:
     """A checkpoint directory with weights, config and tokenizer; trained now if the cache has none."""
     target = CACHE / f"trained-{_content_key()}"
-    if not target.is_dir():
-        scratch = target.with_suffix(".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        sets = [f"{key}={value}" for key, value in {**OVERRIDES, "data.cache_dir": str(CACHE / "data")}.items()]
-        command = [sys.executable, "-c", _PROGRAM, str(ROOT / "configs" / "tiny.yaml"), str(scratch), *sets]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
-        Path(done.stdout.split()[-1]).rename(target)
-        shutil.rmtree(scratch)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs of one checkout would train in the same folder
+        if not target.is_dir():
+            _train(target)
     return target
+
+
+def _train(target: Path) -> None:
+    scratch = target.with_suffix(".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    sets = [f"{key}={value}" for key, value in {**OVERRIDES, "data.cache_dir": str(CACHE / "data")}.items()]
+    command = [sys.executable, "-c", _PROGRAM, str(ROOT / "configs" / "tiny.yaml"), str(scratch), *sets]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    Path(done.stdout.split()[-1]).rename(target)
+    shutil.rmtree(scratch)
 
 
 def _content_key() -> str:

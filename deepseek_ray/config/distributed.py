@@ -41,6 +41,9 @@ class DistributedConfig(FrozenConfig):
     """Strategy `deepspeed`: keep the optimiser's state, at stage 3 the weights too, in host memory and update there."""
     gradient_accumulation_steps: int | None = Field(default=None, ge=1)
     """Forward passes per optimiser step and worker; None derives it from the batch sizes."""
+    resize_interval_s: int = Field(default=60, ge=1)
+    """Elastic runs: seconds between two looks for nodes that came. More workers cost a start from the newest
+    checkpoint; a node that goes is noticed at once."""
     timeout_s: int = Field(default=1800, ge=1)
     """Seconds after which a collective operation between workers counts as failed."""
 

@@ -120,11 +120,6 @@ class FinetuneConfig(PretrainConfig):
                 f"model.{changed[0]} is {own[changed[0]]!r}, but that of base_model is {base[changed[0]]!r}; leave the "
                 "model section out: it is read from the checkpoint"
             )
-        if self.lora is not None and self.distributed.strategy != "ddp":
-            raise ConfigError(
-                f"distributed.strategy is {self.distributed.strategy!r} together with lora; adapters train with 'ddp' "
-                "only: use that, or remove lora to train all weights"
-            )
         if self.lora is not None and self.balance.bias_update_speed > 0:
             raise ConfigError(
                 f"balance.bias_update_speed is {self.balance.bias_update_speed} together with lora; adapters leave the "

@@ -34,8 +34,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        dropped = F.dropout(input, self.config.lora_dropout, self.training)
-        return super().forward(input) + self.config.scale * low_rank(dropped, (self.lora_A, self.lora_B))
+        return with_adapter(super().forward(input), input, (self.lora_A, self.lora_B), self.config, self.training)
 
 
 class ExpertAdapters(nn.Module):
@@ -96,7 +95,12 @@ class LoraExperts(Experts):
     def _adapted(self, output: Tensor, rows: Tensor, pair: Pair | None) -> Tensor:
         if pair is None:
             return output
-        return output + self.config.scale * low_rank(F.dropout(rows, self.config.lora_dropout, self.training), pair)
+        return with_adapter(output, rows, pair, self.config, self.training)
+
+
+def with_adapter(output: Tensor, rows: Tensor, pair: Pair, config: LoraConfig, training: bool) -> Tensor:
+    """output [..., out] of a frozen matrix for `rows` [..., in], and the adapter's part added."""
+    return output + config.scale * low_rank(F.dropout(rows, config.lora_dropout, training), pair)
 
 
 def low_rank(rows: Tensor, pair: Pair) -> Tensor:

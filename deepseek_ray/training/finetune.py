@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepseek_ray.config.finetune import FinetuneConfig
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.data.prepare import PreparedData
@@ -15,6 +17,7 @@ from deepseek_ray.errors import CheckpointError
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.decoder import DeepSeekForCausalLM
 from deepseek_ray.models.load import load_model
+from deepseek_ray.training.adapter_division import check_adapter_division
 from deepseek_ray.training.lora import add_adapters
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,15 @@ def with_base_model(config: FinetuneConfig) -> FinetuneConfig:
     if reader.has_mtp or not config.model.num_nextn_predict_layers:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"num_nextn_predict_layers": 0})})
+
+
+def require_adapters_fit(config: FinetuneConfig) -> None:
+    """ConfigError for adapters that reach nothing, or that the run's strategy cannot spread; no weight is allocated."""
+    if config.lora is not None:
+        with torch.device("meta"):
+            model = DeepSeekForCausalLM(config.model)
+        add_adapters(model, config.lora)
+        check_adapter_division(model, config.distributed)
 
 
 def prepare_finetune_data(config: FinetuneConfig) -> ConversationData:

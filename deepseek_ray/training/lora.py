@@ -8,6 +8,7 @@ has its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
@@ -64,13 +65,17 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoraConfig:
         add_adapters(model, config)
         adapters = find_adapters(model)
         assert adapters is not None
-    adapters.load(Path(directory))
+    adapters.load(model, Path(directory))
     return config
 
 
 def find_adapters(model: nn.Module) -> Adapters | None:
     """The adapters of a model; None when it has none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear | LoraExperts)}
+    layers = {
+        name: AdaptedLayer.of(module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear | LoraExperts)
+    }
     return Adapters(layers) if layers else None
 
 
@@ -81,14 +86,30 @@ def merge_adapters(model: Model) -> Model:
     if adapters is None:
         raise ConfigError("the model has no adapters to merge; give it some with get_peft_model or load_adapter")
     for name, layer in adapters.layers.items():
-        model.set_submodule(name, _without_adapters(layer, _merged_tensors(layer, layer.state_dict())))
+        module = model.get_submodule(name)
+        model.set_submodule(name, _without_adapters(module, _merged_tensors(layer, module.state_dict())))
     return model
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """What of one layer has adapters, without any tensor: it stays true when a strategy divides or moves the layer."""
+
+    config: LoraConfig
+    experts: Mapping[str, tuple[int, ...]]
+    """Of routed experts: by projection, the numbers of those with an adapter. Empty for a linear layer."""
+
+    @classmethod
+    def of(cls, layer: LoraLinear | LoraExperts) -> AdaptedLayer:
+        if isinstance(layer, LoraLinear):
+            return cls(layer.config, {})
+        return cls(layer.config, {name: layer.adapters(name).experts for name in layer.projections})
 
 
 class Adapters:
     """The layers with adapters of one model, by name."""
 
-    def __init__(self, layers: Mapping[str, LoraLinear | LoraExperts]) -> None:
+    def __init__(self, layers: Mapping[str, AdaptedLayer]) -> None:
         self.layers = layers
         self.config = next(iter(layers.values())).config
 
@@ -107,11 +128,11 @@ class Adapters:
                 yield f"{name}.{part}", tensor
 
     @torch.no_grad()
-    def load(self, directory: Path) -> None:
-        """Copy the tensors of an adapter directory; see `load_adapter`."""
+    def load(self, model: nn.Module, directory: Path) -> None:
+        """Copy the tensors of an adapter directory into the model, which is whole; see `load_adapter`."""
         given = read_adapter(directory)
         for name, layer in self.layers.items():
-            for key, own in _peft_tensors(name, layer, layer.state_dict()).items():
+            for key, own in _peft_tensors(name, layer, model.get_submodule(name).state_dict()).items():
                 tensor = given.pop(key, None)
                 if tensor is None or tensor.shape != own.shape:
                     found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
@@ -144,31 +165,30 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | None
     write_adapter(Path(directory), adapters.config, tensors, base_model)
 
 
-def _merged_tensors(layer: LoraLinear | LoraExperts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _merged_tensors(layer: AdaptedLayer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The layer's own tensors without adapters, their part added. `state`: the layer's state by its own names."""
     scale = layer.config.scale
     plain = {name: tensor for name, tensor in state.items() if "lora_" not in name}
-    if isinstance(layer, LoraLinear):
+    if not layer.experts:
         return plain | {"weight": merged(plain["weight"], state["lora_A"], state["lora_B"], scale)}
     gate_up, down = plain["gate_up"].clone(), plain["down"].clone()
     width = down.shape[2]
     places = {"gate_proj": gate_up[:, :width], "up_proj": gate_up[:, width:], "down_proj": down}
-    for projection in layer.projections:
-        experts = list(layer.adapters(projection).experts)
+    for projection, experts in layer.experts.items():
         a, b = state[projection + _A], state[projection + _B]
-        places[projection][experts] = merged(places[projection][experts], a, b, scale)
+        places[projection][list(experts)] = merged(places[projection][list(experts)], a, b, scale)
     return {"gate_up": gate_up, "down": down}
 
 
-def _peft_tensors(name: str, layer: LoraLinear | LoraExperts, state: Mapping[str, Tensor]) -> AdapterTensors:
+def _peft_tensors(name: str, layer: AdaptedLayer, state: Mapping[str, Tensor]) -> AdapterTensors:
     """The adapters of one layer by PEFT's names; views of `state`."""
-    if isinstance(layer, LoraLinear):
+    if not layer.experts:
         pairs = {name: (state["lora_A"], state["lora_B"])}
     else:
         pairs = {
             f"{name}.{expert}.{projection}": (state[projection + _A][place], state[projection + _B][place])
-            for projection in layer.projections
-            for place, expert in enumerate(layer.adapters(projection).experts)
+            for projection, experts in layer.experts.items()
+            for place, expert in enumerate(experts)
         }
     prefix = "base_model.model."
     return {f"{prefix}{matrix}{_A}.weight": a for matrix, (a, _) in pairs.items()} | {
@@ -193,7 +213,7 @@ def _with_adapters(module: nn.Module, experts: Mapping[str, list[int]], config: 
     return LoraLinear(module, config)
 
 
-def _without_adapters(layer: LoraLinear | LoraExperts, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _without_adapters(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The layer that `layer` replaced, with other weights."""
     plain: nn.Module
     if isinstance(layer, LoraLinear):

@@ -21,15 +21,19 @@ def decays(name: str, parameter: nn.Parameter, decay_embeddings: bool) -> bool:
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (decoupled weight decay, arXiv 1711.05101). The step sets each group's `lr` before it is used."""
+    """AdamW (decoupled weight decay, arXiv 1711.05101). The step sets each group's `lr` before it is used.
+
+    A group without parameters (adapters are all matrices) is left out: DeepSpeed takes none.
+    """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             groups[decays(name, parameter, config.decay_embeddings)].append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": groups[True], "weight_decay": config.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
+            for decayed, parameters in groups.items()
+            if parameters
         ],
         lr=config.lr,
         betas=config.betas,

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.models.decoder import DeepSeekForCausalLM, ModelOutput
+from deepseek_ray.training.lora import Adapters, find_adapters
 from deepseek_ray.training.loss import cross_entropy_sum
 from deepseek_ray.training.objective import MicroBatch, Objective, autocast, trains_mtp
 from deepseek_ray.training.optimizer import build_optimizer, set_learning_rate
@@ -52,6 +53,8 @@ class Parallelism(ABC):
     optimizer: torch.optim.Optimizer
     trained: dict[str, tuple[int, ...]]
     """Name and whole shape of every trained parameter, in the model's order."""
+    adapters: Adapters | None
+    """Where the whole model has adapters; None when it has none."""
 
     def __init__(self, config: PretrainConfig, world: Ranks) -> None:
         self.config = config
@@ -62,6 +65,7 @@ class Parallelism(ABC):
     def prepare(self, model: DeepSeekForCausalLM) -> None:
         """Take the whole model, equal on every worker, and keep this worker's part of it and of the optimiser."""
         self.trained = {name: tuple(own.shape) for name, own in model.named_parameters() if own.requires_grad}
+        self.adapters = find_adapters(model)
         self.model = model
         self.forward = self._shard(model)
         self.optimizer = self._build_optimizer()

@@ -18,6 +18,7 @@ from torch import Tensor
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.models.decoder import DeepSeekForCausalLM
 from deepseek_ray.nn.experts import Experts
+from deepseek_ray.training.adapter_layers import LoraExperts
 from deepseek_ray.training.collectives import exchange_rows, sum_gradients
 from deepseek_ray.training.parallel import Forward
 from deepseek_ray.training.parallel_mesh import Division, MeshParallelism, Shard, replace_modules
@@ -33,7 +34,7 @@ class ExpertParallel(MeshParallelism):
 
     def _shard(self, model: DeepSeekForCausalLM) -> Forward:
         layers = [module for module in model.modules() if isinstance(module, Experts)]
-        replace_modules(model, {layer: DividedExperts(layer, self.group, self.division) for layer in layers})
+        replace_modules(model, {layer: divide_experts(layer, self.group, self.division) for layer in layers})
         self.division.finish()
         model.to(self.world.device)
         return model
@@ -45,6 +46,13 @@ class ExpertParallel(MeshParallelism):
             sum_gradients(divided, self.data_group)
         if self.world.world_size > 1:
             sum_gradients([parameter for parameter in trained if not self.division.shard_of(parameter)])
+
+
+def divide_experts(experts: Experts, group: dist.ProcessGroup, division: Division) -> DividedExperts:
+    """This rank's experts of a layer, with their adapters if it has any."""
+    if isinstance(experts, LoraExperts):
+        return DividedLoraExperts(experts, group, division)
+    return DividedExperts(experts, group, division)
 
 
 class DividedExperts(Experts):
@@ -71,6 +79,20 @@ class DividedExperts(Experts):
         from_each = torch.empty_like(to_each)
         dist.all_to_all_single(from_each, to_each.contiguous(), group=self._group)
         return to_each, from_each
+
+
+class DividedLoraExperts(DividedExperts, LoraExperts):
+    """The same for experts that all have adapters in the same projections."""
+
+    def __init__(self, experts: LoraExperts, group: dist.ProcessGroup, division: Division) -> None:
+        super().__init__(experts, group, division)
+        self.config, self.projections = experts.config, experts.projections
+        for name in self.projections:
+            adapters = experts.adapters(name)
+            adapters.lora_A = division.divide(adapters.lora_A, Shard(group))
+            adapters.lora_B = division.divide(adapters.lora_B, Shard(group))
+            adapters.experts = tuple(range(len(adapters.lora_A)))
+            self.add_module(name, adapters)
 
 
 def _by_expert(counts: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class Division:
     def __init__(self) -> None:
         self._shards: dict[Tensor, Shard] = {}
         self._parts: dict[Tensor, nn.Parameter] = {}
+        self.partial: list[nn.Parameter] = []
+        """Whole parameters of which every worker has a part of the gradient; see `share`."""
 
     def divide(self, parameter: Tensor, shard: Shard) -> nn.Parameter:
         """The slice of `parameter`; one that is shared by several modules is sliced once."""
@@ -64,6 +66,10 @@ class Division:
             self._parts[parameter] = part
             self._shards[part] = shard
         return self._parts[parameter]
+
+    def share(self, parameter: nn.Parameter) -> None:
+        """Keep `parameter` whole, though each worker computes with it on its own slice of something else."""
+        self.partial.append(parameter)
 
     def finish(self) -> None:
         """Let go of the whole parameters; `divide` is called no more."""

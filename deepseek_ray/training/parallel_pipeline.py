@@ -44,7 +44,7 @@ class PipelineParallel(MeshParallelism):
     """data_parallel_size x pipeline_parallel_size workers."""
 
     _embedding: Sequence[Tensor] = ()
-    """Of the first and the last stage, where both have one."""
+    """Of the first and the last stage, where both have one and train it."""
 
     def __init__(self, config: PretrainConfig, world: Ranks) -> None:
         super().__init__(config, world, "pipeline", config.distributed.pipeline_parallel_size)
@@ -58,7 +58,7 @@ class PipelineParallel(MeshParallelism):
         self._state_shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._stage = Stage(model, layers, self.config, num_gates(model, trains_mtp(self.config)))
         is_end = self._stage.is_first or self._stage.is_last
-        if last_stage_embeds(model) and is_end:
+        if last_stage_embeds(model) and is_end and model.model.embed_tokens.weight.requires_grad:
             self._embedding = [model.model.embed_tokens.weight]
         keep_stage(model, layers)
         model.to(self.world.device)

@@ -7,6 +7,9 @@ Attention is divided by heads and every MLP by its inner width, as in Megatron-L
     both halves by rows      gate_up of the routed experts, [E, 2 I, H]; their down, [E, H, I], by columns
     whole on every worker    norms, low-rank a-projections, the gate, biases, eh_proj of multi-token-prediction layers
 
+An adapter's B is divided with the rows of its matrix, its A with the columns; the other one is whole and has a part of
+its gradient on each worker, which are summed once a step.
+
 All workers of the dimension read the same tokens and hold equal hidden states between layers, so what is whole gets the
 same gradient on each of them: `copy_to_group` stands wherever whole values enter divided work. A layer costs two sums
 of its output in either direction; logits are gathered, so the loss sees what one process would. A vocabulary that the
@@ -22,13 +25,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_ray.config.finetune import LoraConfig
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.models.decoder import DecoderLayer, DeepSeekForCausalLM, SharedHead
 from deepseek_ray.nn.gate import GateOutput
 from deepseek_ray.nn.mla import MLA
 from deepseek_ray.nn.mlp import MLP
 from deepseek_ray.nn.moe import MoE
-from deepseek_ray.training.collectives import copy_to_group, gather_columns, sum_over_group
+from deepseek_ray.training.adapter_layers import LoraExperts, LoraLinear, with_adapter
+from deepseek_ray.training.collectives import copy_to_group, gather_columns, sum_gradients, sum_over_group
 from deepseek_ray.training.parallel import Forward
 from deepseek_ray.training.parallel_mesh import Division, MeshParallelism, Shard, replace_modules
 from deepseek_ray.training.ranks import Ranks
@@ -45,6 +50,11 @@ class TensorParallel(MeshParallelism):
         self.division.finish()
         model.to(self.world.device)
         return model
+
+    def _sum_gradients(self) -> None:
+        if self.division.partial:
+            sum_gradients(self.division.partial, self.group)
+        super()._sum_gradients()
 
 
 def divide_decoder(model: DeepSeekForCausalLM, group: dist.ProcessGroup, division: Division) -> None:
@@ -63,37 +73,24 @@ def divide_decoder(model: DeepSeekForCausalLM, group: dist.ProcessGroup, divisio
     replace_modules(model, replacements)
 
 
-class RowDivided(nn.Module):
-    """A linear layer with this rank's rows of the weight: whole input to this rank's part of the output."""
-
-    def __init__(self, linear: nn.Linear, group: dist.ProcessGroup, division: Division) -> None:
-        super().__init__()
-        self.group = group
-        self.weight = division.divide(linear.weight, Shard(group, dim=0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(copy_to_group(x, self.group), self.weight)
-
-
 class ColumnDivided(nn.Module):
     """A linear layer with this rank's columns of the weight: this rank's part of the input to the whole output."""
 
     def __init__(self, linear: nn.Linear, group: dist.ProcessGroup, division: Division) -> None:
         super().__init__()
         self.group = group
-        self.weight = division.divide(linear.weight, Shard(group, dim=1))
-        self.bias = linear.bias
+        _divide_columns(linear, group, division)
+        self.weight, self.bias = linear.weight, linear.bias
+        self._adapter: LoraConfig | None = None
+        if isinstance(linear, LoraLinear):
+            self.lora_A, self.lora_B, self._adapter = linear.lora_A, linear.lora_B, linear.config
 
     def forward(self, x: Tensor) -> Tensor:
-        output = sum_over_group(F.linear(x, self.weight), self.group)
+        part = F.linear(x, self.weight)
+        if self._adapter is not None:
+            part = with_adapter(part, x, (self.lora_A, self.lora_B), self._adapter, self.training)
+        output = sum_over_group(part, self.group)
         return output if self.bias is None else output + self.bias
-
-
-class VocabularyHead(RowDivided):
-    """The output head with this rank's rows; gives the logits of the whole vocabulary."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gather_columns(super().forward(x), self.group)
 
 
 class VocabularyEmbedding(nn.Module):
@@ -112,6 +109,27 @@ class VocabularyEmbedding(nn.Module):
         return sum_over_group(vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.group)
 
 
+def _divide_rows(linear: nn.Linear, group: dist.ProcessGroup, division: Division) -> None:
+    """In place; the input is whole, the output this rank's part of the whole."""
+    linear.weight = division.divide(linear.weight, Shard(group, dim=0))
+    if isinstance(linear, LoraLinear):
+        division.share(linear.lora_A)
+        linear.lora_B = division.divide(linear.lora_B, Shard(group, dim=0))
+
+
+def _divide_columns(linear: nn.Linear, group: dist.ProcessGroup, division: Division) -> None:
+    """In place; the input is this rank's part of the whole, the output its part of a sum that the caller makes."""
+    linear.weight = division.divide(linear.weight, Shard(group, dim=1))
+    if isinstance(linear, LoraLinear):
+        linear.lora_A = division.divide(linear.lora_A, Shard(group, dim=1))
+        division.share(linear.lora_B)
+
+
+def _copy_input_to(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Whole values enter divided work in `module`."""
+    module.register_forward_pre_hook(lambda module, inputs: (copy_to_group(inputs[0], group), *inputs[1:]))
+
+
 def _divide_attention(attention: MLA, group: dist.ProcessGroup, division: Division) -> dict[nn.Module, nn.Module]:
     """By heads. The latents enter divided work in kv_b_proj; the rotated key, shared by all heads, beside it."""
     rank = attention.config.kv_lora_rank
@@ -121,19 +139,18 @@ def _divide_attention(attention: MLA, group: dist.ProcessGroup, division: Divisi
 
     attention.kv_a_proj_with_mqa.register_forward_hook(copy_rope_key)
     queries = attention.q_proj if attention.config.q_lora_rank is None else attention.q_b_proj
-    return {
-        queries: RowDivided(queries, group, division),
-        attention.kv_b_proj: RowDivided(attention.kv_b_proj, group, division),
-        attention.o_proj: ColumnDivided(attention.o_proj, group, division),
-    }
+    for linear in (queries, attention.kv_b_proj):
+        _divide_rows(linear, group, division)
+        _copy_input_to(linear, group)
+    return {attention.o_proj: ColumnDivided(attention.o_proj, group, division)}
 
 
 def _divide_mlp(mlp: MLP, group: dist.ProcessGroup, division: Division) -> None:
     """By inner width. The output is this rank's part of a sum that the caller makes."""
     for linear in (mlp.gate_proj, mlp.up_proj):
-        linear.weight = division.divide(linear.weight, Shard(group, dim=0))
-    mlp.down_proj.weight = division.divide(mlp.down_proj.weight, Shard(group, dim=1))
-    mlp.register_forward_pre_hook(lambda module, inputs: copy_to_group(inputs[0], group))
+        _divide_rows(linear, group, division)
+    _divide_columns(mlp.down_proj, group, division)
+    _copy_input_to(mlp, group)
 
 
 def _divide_moe(moe: MoE, group: dist.ProcessGroup, division: Division) -> None:
@@ -144,7 +161,9 @@ def _divide_moe(moe: MoE, group: dist.ProcessGroup, division: Division) -> None:
     experts = moe.experts
     experts.gate_up = division.divide(experts.gate_up, Shard(group, dim=1, blocks=2))
     experts.down = division.divide(experts.down, Shard(group, dim=2))
-    experts.register_forward_pre_hook(lambda module, inputs: (copy_to_group(inputs[0], group), *inputs[1:]))
+    if isinstance(experts, LoraExperts):
+        _divide_adapters(experts, group, division)
+    _copy_input_to(experts, group)
     if moe.shared_experts is not None:
         _divide_mlp(moe.shared_experts, group, division)
 
@@ -158,14 +177,26 @@ def _divide_moe(moe: MoE, group: dist.ProcessGroup, division: Division) -> None:
     moe.register_forward_hook(sum_experts)
 
 
+def _divide_adapters(experts: LoraExperts, group: dist.ProcessGroup, division: Division) -> None:
+    """A is [C, r, in], B [C, out, r]; the inner width is the output of gate and up, the input of down."""
+    for name in experts.projections:
+        adapters = experts.adapters(name)
+        if name == "down_proj":
+            adapters.lora_A = division.divide(adapters.lora_A, Shard(group, dim=2))
+            division.share(adapters.lora_B)
+        else:
+            division.share(adapters.lora_A)
+            adapters.lora_B = division.divide(adapters.lora_B, Shard(group, dim=1))
+
+
 def _divide_vocabulary(
     model: DeepSeekForCausalLM, group: dist.ProcessGroup, division: Division
 ) -> dict[nn.Module, nn.Module]:
     """Embedding and head, tied or not, and the copies that multi-token-prediction layers may have."""
-    divided: dict[nn.Module, nn.Module] = {model.lm_head: VocabularyHead(model.lm_head, group, division)}
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            divided[module] = VocabularyEmbedding(module, group, division)
-        elif isinstance(module, SharedHead) and module.head is not model.lm_head:
-            divided[module.head] = VocabularyHead(module.head, group, division)
-    return divided
+    heads = {model.lm_head, *(module.head for module in model.modules() if isinstance(module, SharedHead))}
+    for head in heads:
+        _divide_rows(head, group, division)
+        _copy_input_to(head, group)
+        head.register_forward_hook(lambda module, inputs, output: gather_columns(output, group))
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return {embedding: VocabularyEmbedding(embedding, group, division) for embedding in embeddings}

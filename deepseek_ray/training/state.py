@@ -74,7 +74,7 @@ class Snapshot:
     def write(self, directory: Path, state: TrainerState, rng: dict[str, Tensor], tokenizer_dir: Path) -> None:
         """Fill `directory`, which is published by the caller (`CheckpointStore.save`)."""
         config, trained = self._parallelism.model.config, self._parallelism.trained
-        adapters, tensors = find_adapters(self._parallelism.model), AdapterTensors()
+        adapters, tensors = self._parallelism.adapters, AdapterTensors()
         weights = self._weights if adapters is None else adapters.split(self._weights, tensors)
         save_checkpoint(directory, config, to_hf_names(config, weights))
         if adapters is not None:
@@ -116,7 +116,7 @@ def restore_model(directory: Path, model: DeepSeekForCausalLM) -> None:
             "run under another name"
         )
     if adapters is not None:
-        adapters.load(directory / _ADAPTER)
+        adapters.load(model, directory / _ADAPTER)
     else:
         reader.validate()
         load_weights(model, reader)

@@ -27,7 +27,12 @@ from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.data.ingest import connected
 from deepseek_ray.data.prepare import PreparedData, prepare_data
 from deepseek_ray.errors import ConfigError, TrainingError
-from deepseek_ray.training.finetune import describe_start, prepare_finetune_data, with_base_model
+from deepseek_ray.training.finetune import (
+    describe_start,
+    prepare_finetune_data,
+    require_adapters_fit,
+    with_base_model,
+)
 from deepseek_ray.training.loop import train
 from deepseek_ray.training.progress import LOG_FILE, ProgressLine, RunFollower
 from deepseek_ray.training.ranks import Ranks, is_users_error
@@ -47,9 +52,11 @@ def pretrain(config: PretrainConfig, stream: TextIO = sys.stdout, stop_file: Pat
     """
     run_dir = absolute_run_dir(config)
     require_backend(config)
+    tuned = config if isinstance(config, FinetuneConfig) else None
+    if tuned:
+        require_adapters_fit(tuned)
     with _lock(run_dir), connected():
         workers = plan_workers(config, _nodes())
-        tuned = config if isinstance(config, FinetuneConfig) else None
         data = prepare_finetune_data(tuned) if tuned else prepare_data(config.data)
         progress = ProgressLine(stream, config.total_steps)
         progress.note(_headline(config, workers, data))
@@ -101,8 +108,9 @@ def _fit(
             "stop_file": stop_file,
         },
         torch_config=TorchConfig(timeout_s=config.distributed.timeout_s),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=_ray_workers(config),
+            elastic_resize_monitor_interval_s=config.distributed.resize_interval_s,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.threads, **({"GPU": 1} if workers.use_gpu else {})},
         ),

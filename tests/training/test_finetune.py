@@ -15,6 +15,7 @@ from deepseek_ray.config.load import load_config
 from deepseek_ray.engine.tokenizer import Tokenizer
 from deepseek_ray.errors import CheckpointError, ConfigError
 from deepseek_ray.models.load import load_model, state_to_hf
+from deepseek_ray.training import trainer
 from deepseek_ray.training.checkpoint import find_damage
 from deepseek_ray.training.finetune import describe_start, prepare_finetune_data, with_base_model
 from deepseek_ray.training.loop import build_model, train
@@ -170,7 +171,6 @@ def test_resuming_as_something_else_is_refused(
         ),
         ({"lora": {"target_modules": []}}, "name at least one kind of matrix"),
         ({"lora": {}, "balance": {"bias_update_speed": 0.1}}, "adapters leave the gate as it is"),
-        ({"lora": {}, "distributed": {"strategy": "fsdp", "data_parallel_size": 1}}, "adapters train with 'ddp' only"),
         ({"data": {"vocab_size": 900}}, "data.vocab_size is 900, which has no meaning for conversations"),
         ({"data": {"sequence_length": 1000}}, "above max_position_embeddings 512 of base_model"),
     ],
@@ -180,6 +180,41 @@ def test_settings_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(trained_model, tmp_path, *files, **change)
+
+
+@pytest.mark.parametrize(
+    ("lora", "distributed", "message"),
+    [
+        ({"target_modules": ["q_porj"]}, {}, "target_modules names 'q_porj', which matches no linear layer"),
+        (
+            {"target_modules": ["o_proj", "experts.3.up_proj"]},
+            {"strategy": "expert", "expert_parallel_size": 2},
+            r"reaches up_proj of 1 of the 8 experts of model.layers.1.mlp.experts, but expert_parallel_size 2 .*"
+            r"'experts.\*.up_proj'\), or set distributed.strategy to fsdp",
+        ),
+        (
+            {"target_modules": ["2.self_attn.o_proj"]},
+            {"strategy": "pipeline", "pipeline_parallel_size": 2},
+            "reaches nothing in layers 0 to 1, which are stage 0 of pipeline_parallel_size 2; name matrices of every",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_spread_are_refused_before_any_work(
+    trained_model: Path,
+    tmp_path: Path,
+    files: tuple[Path, Path],
+    lora: dict[str, Any],
+    distributed: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither Ray nor the data's preparation is started, whose names are taken away here."""
+    for name in ("connected", "prepare_finetune_data"):
+        monkeypatch.delattr(trainer, name)
+    config = settings(trained_model, tmp_path, *files, lora=lora, distributed=distributed,
+                      training={"micro_batch_size": 2}, storage_path=str(tmp_path))  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        trainer.finetune(config)
 
 
 def test_a_configuration_survives_its_way_to_a_worker(

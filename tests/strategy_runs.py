@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ from typing import Any
 
 from training_runs import small_config, small_data
 
+from deepseek_ray.config.finetune import FinetuneConfig
 from deepseek_ray.config.run import PretrainConfig
+from deepseek_ray.training.metrics import METRICS_FILE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,15 @@ class Run:
     config: dict[str, Any]
     stop_after: int | None = None
     """Optimiser step after whose checkpoint the run ends, as if everything had been killed then."""
+    start: tuple[str, int] | None = None
+    """Directory and step of another run: this one goes on from that checkpoint and those metrics as from its own."""
 
 
 def launch(directory: Path, world_size: int, runs: Sequence[Run], timeout: float = 240) -> list[list[dict[str, Any]]]:
     """Train all runs, one after the other, with `world_size` processes; what each rank said of each run.
 
-    An answer has `error` (a DeepSeekRayError's class and text, or None), `biases` (correction biases after the last
-    step, one list per layer) and `held_bytes`.
+    An answer has `error` (a DeepSeekRayError's class and text, or None) and `biases` (correction biases after the last
+    step, one list per layer).
     """
     (directory / "store").unlink(missing_ok=True)
     (directory / "runs.json").write_text(json.dumps([asdict(run) for run in runs]))
@@ -63,6 +68,23 @@ def strategy_config(strategy: str, workers: int, **sections: Any) -> dict[str, A
         distributed={"strategy": strategy, "data_parallel_size": workers} | sections.get("distributed", {}),
         **changes,
     ).model_dump(mode="json", exclude_unset=True)
+
+
+def assert_near_in_bf16(directory: Path, run: str, reference: str, exact: str) -> None:
+    """Losses of a bf16 run to 1e-3 of the `reference`'s, falling, and not those of the float32 run `exact`."""
+    lines, expected, float32 = (read_metrics(directory / name) for name in (run, reference, exact))
+    assert len(lines) == len(expected)
+    for line, other in zip(lines, expected, strict=True):
+        assert abs(line["loss"] / other["loss"] - 1) < 1e-3, (line["step"], line["loss"], other["loss"])
+    assert lines[-1]["loss"] < 0.85 * lines[0]["loss"]
+    assert abs(lines[0]["gradient_norm"] / float32[0]["gradient_norm"] - 1) > 5e-6  # the first step's weights are equal
+
+
+def lora_config(config: dict[str, Any], base_model: Path) -> dict[str, Any]:
+    """A run that trains adapters of every matrix of `base_model` instead: a `FinetuneConfig`."""
+    kept = {name: value for name, value in config.items() if name not in ("model", "balance")}
+    data = {"sequence_length": config["data"]["sequence_length"], "paths": ["given.jsonl"]}
+    return {**kept, "data": data, "base_model": str(base_model), "lora": {"r": 4, "lora_alpha": 8}}
 
 
 def _main(directory: Path, rank: int, world_size: int) -> None:
@@ -94,6 +116,8 @@ def _train(directory: Path, run: Run, data: Any, rank: int, world_size: int) -> 
     class Stopped(Exception):
         pass
 
+    if run.start is not None:
+        Ranks(rank, world_size).on_first(lambda: _copy_start(directory, run))
     started: list[loop._Run] = []
 
     class Watched(loop._Run):
@@ -110,7 +134,8 @@ def _train(directory: Path, run: Run, data: Any, rank: int, world_size: int) -> 
     error, original = None, loop._Run
     loop._Run = Watched  # type: ignore[misc]
     try:
-        loop.train(PretrainConfig.parse(run.config), directory / run.directory, data, Ranks(rank, world_size))
+        config_class = FinetuneConfig if "base_model" in run.config else PretrainConfig
+        loop.train(config_class.parse(run.config), directory / run.directory, data, Ranks(rank, world_size))
     except Stopped:
         pass
     except DeepSeekRayError as failure:
@@ -121,6 +146,16 @@ def _train(directory: Path, run: Run, data: Any, rank: int, world_size: int) -> 
     if started:
         biases = [moe.correction_bias.tolist() for moe in started[0].parallelism.model.moe_modules]
     return {"error": error, "biases": biases}
+
+
+def _copy_start(directory: Path, run: Run) -> None:
+    assert run.start is not None
+    source, step = run.start
+    target = directory / run.directory
+    shutil.copytree(
+        directory / source / "checkpoints" / f"step-{step:08d}", target / "checkpoints" / f"step-{step:08d}"
+    )
+    shutil.copyfile(directory / source / METRICS_FILE, target / METRICS_FILE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""Balances one layer step by step, from where its replicas are.
+
+Each step takes work off the busiest shard and is allowed if every shard it touches ends below that shard's time before.
+So the sorted times of the shards fall in lexicographic order, no state comes twice, and the search ends.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deepseek_ray.expert_parallel.layer_steps import Bools, Floats, Ints, LayerLimits, kinds_of_steps
+from deepseek_ray.expert_parallel.replicas import shard_times
+
+MAX_STEPS = 1000
+"""Far above what is needed (tens): a bound for the time of a decision."""
+_LEAST_GAIN = 1e-3
+"""A step that lowers the busiest shard by less than this part of its time is not worth an add."""
+
+
+def balance_layer(
+    held: Bools, loads: Floats, free: Ints, limits: LayerLimits, threshold: float, tolerance: float
+) -> Bools:
+    """New holders [E, S] of one layer. loads: [E]; free: [S] slots that no layer uses.
+
+    Nothing changes if the busiest shard takes at most (1 + threshold) * best now. Otherwise, of the states on the
+    search's way that take at most (1 + tolerance) * best, the one with the fewest adds is taken, less the adds that
+    turn out not to be needed for that. `best` is the time all shards would take if they were even, or, if the search
+    does not come that near to it, the lowest time of the busiest shard that it found.
+    """
+    now = shard_times(held, loads, limits.speeds).max()
+    even = loads.sum() / limits.speeds.sum()
+    if now <= (1 + threshold) * even:
+        return held
+    states = [held, *search(held, loads, free, limits, tolerance)]
+    peaks = np.array([shard_times(state, loads, limits.speeds).max() for state in states])
+    best = even if peaks.min() <= (1 + tolerance) * even else peaks.min()
+    if now <= (1 + threshold) * best:
+        return held
+    enough = (1 + tolerance) * best
+    good = [state for state, peak in zip(states, peaks, strict=True) if peak <= enough]
+    chosen = min(good, key=lambda state: int((state & ~held).sum()))
+    return _without_needless_adds(held, chosen, loads, free, limits, enough)
+
+
+def search(
+    held: Bools, loads: Floats, free: Ints, limits: LayerLimits, tolerance: float, every_shard: bool = False
+) -> list[Bools]:
+    """The states [E, S] after each step, until the busiest shard is within `tolerance` of the mean or nothing helps it.
+
+    every_shard: go on with the others then, as if there were only those.
+    """
+    states: list[Bools] = []
+    helpless = np.zeros(len(limits.speeds), dtype=np.bool_)
+    state = held
+    while len(states) < MAX_STEPS and not helpless.all():
+        times = shard_times(state, loads, limits.speeds)
+        busiest = int(np.where(helpless, -1.0, times).argmax())
+        rest = ~helpless
+        even = times[rest] @ limits.speeds[rest] / limits.speeds[rest].sum()
+        if times[busiest] <= (1 + tolerance) * even:
+            break
+        better = _best_step(state, loads, _free_after(free, held, state), limits, times, busiest)
+        if better is not None:
+            state = better
+            states.append(state)
+        elif every_shard:
+            helpless[busiest] = True
+        else:
+            break
+    return states
+
+
+def _best_step(
+    held: Bools, loads: Floats, free: Ints, limits: LayerLimits, times: Floats, busiest: int
+) -> Bools | None:
+    """The state after the step with the largest gain, the first of equals; two adds only where one gains nothing."""
+    best, best_gain = None, _LEAST_GAIN * times[busiest]
+    for steps in kinds_of_steps(held, loads, free, limits, times, busiest):
+        if best is not None and steps.num_adds > 1:
+            break
+        if not len(steps.expert):
+            continue
+        gains = times[busiest] - steps.peaks(held, loads, limits.speeds, times, busiest)
+        index = int(gains.argmax())
+        if gains[index] > best_gain:
+            best, best_gain = steps.apply(held, index), gains[index]
+    return best
+
+
+def _without_needless_adds(
+    before: Bools, after: Bools, loads: Floats, free: Ints, limits: LayerLimits, enough: float
+) -> Bools:
+    """`after` with every expert back where it was that can be, one by one, the least loaded first."""
+    changed = np.flatnonzero((after & ~before).any(axis=1))
+    for expert in changed[np.argsort(loads[changed], kind="stable")]:
+        trial = after.copy()
+        trial[expert] = before[expert]
+        fits = (_free_after(free, before, trial) >= 0).all() and trial.sum() <= limits.max_replicas
+        if fits and shard_times(trial, loads, limits.speeds).max() <= enough:
+            after = trial
+    return after
+
+
+def _free_after(free: Ints, before: Bools, after: Bools) -> Ints:
+    """[S]: free slots once the layer has changed."""
+    return free + before.sum(axis=0) - after.sum(axis=0)

@@ -50,8 +50,11 @@ class Kernels(ABC):
         """`x [T, H, K]`, one group of `weight` per head `-> [T, H, N]`."""
 
     @abstractmethod
-    def grouped_linear(self, x: Tensor, weight: PackedWeight, groups: Sequence[int], rows: Sequence[int]) -> Tensor:
-        """Rows sorted by group: the first `rows[0]` of `x [T, K]` meet group `groups[0]`, and so on `-> [T, N]`."""
+    def grouped_linear(self, x: Tensor, weights: Sequence[PackedWeight], rows: Sequence[int]) -> Tensor:
+        """Rows sorted by weight: the first `rows[0]` of `x [T, K]` meet `weights[0]`, and so on `-> [T, N]`.
+
+        Each weight has one group; all have one shape, and there is at least one.
+        """
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -109,26 +109,27 @@ class NativeKernels(Kernels):
 
     def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(x.shape[0], weight.num_out, dtype=out_dtype or x.dtype)
-        self._grouped([x.shape[0]], [x.data_ptr()], x, weight, [0], [out.data_ptr()], out)
+        self._grouped([x.shape[0]], [x.data_ptr()], x, weight, [weight.data.data_ptr()], [out.data_ptr()], out)
         return out
 
     def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
         tokens, heads, _ = x.shape
         out = torch.empty(tokens, heads, weight.num_out, dtype=out_dtype or x.dtype)
         x_step, out_step = x.stride(1) * x.element_size(), out.stride(1) * out.element_size()
+        base, step = weight.data.data_ptr(), weight.data.stride(0) * weight.data.element_size()
         self._grouped(
             [tokens] * heads,
             [x.data_ptr() + head * x_step for head in range(heads)],
             x,
             weight,
-            list(range(heads)),
+            [base + head * step for head in range(heads)],
             [out.data_ptr() + head * out_step for head in range(heads)],
             out,
         )
         return out
 
-    def grouped_linear(self, x: Tensor, weight: PackedWeight, groups: Sequence[int], rows: Sequence[int]) -> Tensor:
-        out = torch.empty(x.shape[0], weight.num_out, dtype=x.dtype)
+    def grouped_linear(self, x: Tensor, weights: Sequence[PackedWeight], rows: Sequence[int]) -> Tensor:
+        out = torch.empty(x.shape[0], weights[0].num_out, dtype=x.dtype)
         x_row, out_row = x.stride(0) * x.element_size(), out.stride(0) * out.element_size()
         starts = [0]
         for count in rows:
@@ -138,8 +139,8 @@ class NativeKernels(Kernels):
             rows,
             [x.data_ptr() + start * x_row for start in starts[:-1]],
             x,
-            weight,
-            groups,
+            weights[0],
+            [weight.data.data_ptr() for weight in weights],
             [out.data_ptr() + start * out_row for start in starts[:-1]],
             out,
         )
@@ -150,27 +151,27 @@ class NativeKernels(Kernels):
         rows: Sequence[int],
         x_pointers: Sequence[int],
         x: Tensor,
-        weight: PackedWeight,
-        groups: Sequence[int],
+        like: PackedWeight,
+        weight_pointers: Sequence[int],
         out_pointers: Sequence[int],
         out: Tensor,
     ) -> None:
-        assert x.shape[-1] == weight.num_in and x.stride(-1) == 1, (x.shape, x.stride(), weight.num_in)
+        """One product per entry of `rows`; `like` has the shape and dtype of every weight."""
+        assert x.shape[-1] == like.num_in and x.stride(-1) == 1, (x.shape, x.stride(), like.num_in)
         count = len(rows)
-        base, step = weight.data.data_ptr(), weight.data.stride(0) * weight.data.element_size()
         self._library.dr_grouped_linear(
             ctypes.c_int64(count),
             (ctypes.c_int64 * count)(*rows),
             (ctypes.c_void_p * count)(*x_pointers),
             ctypes.c_int64(x.stride(0)),
             _DTYPES[x.dtype],
-            (ctypes.c_void_p * count)(*[base + group * step for group in groups]),
-            _DTYPES[weight.dtype],
+            (ctypes.c_void_p * count)(*weight_pointers),
+            _DTYPES[like.dtype],
             (ctypes.c_void_p * count)(*out_pointers),
             ctypes.c_int64(out.stride(0)),
             _DTYPES[out.dtype],
-            ctypes.c_int64(weight.num_out),
-            ctypes.c_int64(weight.num_in),
+            ctypes.c_int64(like.num_out),
+            ctypes.c_int64(like.num_in),
             torch.get_num_threads(),
         )
 

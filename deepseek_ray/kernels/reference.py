@@ -32,12 +32,9 @@ class ReferenceKernels(Kernels):
         ]
         return torch.stack(heads, dim=1)
 
-    def grouped_linear(self, x: Tensor, weight: PackedWeight, groups: Sequence[int], rows: Sequence[int]) -> Tensor:
-        parts = [
-            _rows(part, weight.data[group], weight.num_out, x.dtype)
-            for group, part in zip(groups, x.split(list(rows)), strict=True)
-        ]
-        return torch.cat(parts) if parts else x.new_empty(0, weight.num_out)
+    def grouped_linear(self, x: Tensor, weights: Sequence[PackedWeight], rows: Sequence[int]) -> Tensor:
+        parts = zip(weights, x.split(list(rows)), strict=True)
+        return torch.cat([_rows(part, weight.data[0], weight.num_out, x.dtype) for weight, part in parts])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +14,18 @@ from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.nn.moe import ExpertBackend
 
 
+@dataclass(frozen=True)
+class _Expert:
+    gate_up: PackedWeight
+    down: PackedWeight
+
+
 class ExpertStore:
     """Packed weights of some experts, and the pure function of (weights, activations) that they are.
 
-    `held` maps a layer to the logical experts kept for it; only their tensors are read from the checkpoint.
+    `held` maps a layer to the logical experts kept for it; only their tensors are read from the checkpoint. Experts
+    come and go one at a time (`load`, `drop`), by one thread, while others call `run`: a call computes with the experts
+    that were there when it began.
     """
 
     def __init__(
@@ -28,56 +37,63 @@ class ExpertStore:
         on_layer: Callable[[int], None] | None = None,
     ) -> None:
         self.kernels = kernels or default_kernels()
-        self._layers: dict[int, _LayerExperts] = {}
+        self._reader = reader
+        self._dtype = dtype
+        self._layers: dict[int, dict[int, _Expert]] = {}
         for layer, experts in held.items():
-            if experts:
-                self._layers[layer] = _LayerExperts(reader, layer, experts, dtype, self.kernels)
+            for expert in experts:
+                self.load(layer, expert)
             if on_layer:
                 on_layer(layer)
 
+    @property
+    def held(self) -> dict[int, list[int]]:
+        """layer -> logical experts that are here, in order."""
+        return {layer: sorted(experts) for layer, experts in list(self._layers.items()) if experts}
+
     def holds(self, layer: int, expert: int) -> bool:
-        return layer in self._layers and expert in self._layers[layer].place
+        return expert in self._layers.get(layer, ())
+
+    def load(self, layer: int, expert: int) -> None:
+        """Read and pack one expert; harmless when it is here. CheckpointError when its tensors are not usable."""
+        if self.holds(layer, expert):
+            return
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+        gate, up, down = (
+            self._reader.tensor(f"{prefix}.{part}_proj.weight", self._dtype) for part in ("gate", "up", "down")
+        )
+        packed = _Expert(self.kernels.pack([torch.cat([gate, up])]), self.kernels.pack([down]))
+        # A new dictionary each time: whoever computes keeps the one it looked up.
+        self._layers[layer] = {**self._layers.get(layer, {}), expert: packed}
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Forget one expert; its memory is free when the last call that uses it has ended."""
+        self._layers[layer] = {id: packed for id, packed in self._layers[layer].items() if id != expert}
 
     def weights_of(self, layer: int, expert: int) -> Tensor:
         """The packed down projection of one expert, a view: whoever writes to it changes the expert."""
-        experts = self._layers[layer]
-        return experts.down.data[experts.place[expert]]
+        return self._layers[layer][expert].down.data
 
-    def run(self, layer: int, hidden: Tensor, token_rows: Tensor, expert_ids: Tensor) -> Tensor:
-        """One row per (token, expert) pair, in the order of the pairs, unweighted.
+    def run(self, layer: int, hidden: Tensor, token_rows: Tensor, expert_ids: Tensor) -> Tensor | None:
+        """One row per (token, expert) pair, in the order of the pairs, unweighted; None when an expert is not here.
 
         hidden [tokens, hidden_size]; token_rows [pairs] int64, which row of `hidden`; expert_ids [pairs] int64
         `-> [pairs, hidden_size]` in hidden's dtype.
         """
         if not len(expert_ids):
             return hidden.new_empty(0, hidden.shape[1])
-        experts = self._layers[layer]
         order = expert_ids.argsort(stable=True)
         present, counts = expert_ids[order].unique_consecutive(return_counts=True)
-        groups = [experts.place[expert] for expert in present.tolist()]
+        here = self._layers.get(layer, {})
+        experts = [here[expert] for expert in present.tolist() if expert in here]
+        if len(experts) < len(present):
+            return None
         rows = counts.tolist()
-        gate_up = self.kernels.grouped_linear(hidden[token_rows[order]], experts.gate_up, groups, rows)
-        down = self.kernels.grouped_linear(self.kernels.silu_mul(gate_up), experts.down, groups, rows)
+        gate_up = self.kernels.grouped_linear(hidden[token_rows[order]], [own.gate_up for own in experts], rows)
+        down = self.kernels.grouped_linear(self.kernels.silu_mul(gate_up), [own.down for own in experts], rows)
         out = torch.empty_like(down)
         out[order] = down
         return out
-
-
-class _LayerExperts:
-    """`place[logical expert]` is the group of the packed weights that holds it."""
-
-    def __init__(
-        self, reader: CheckpointReader, layer: int, experts: Sequence[int], dtype: torch.dtype, kernels: Kernels
-    ) -> None:
-        self.place = {expert: place for place, expert in enumerate(experts)}
-        gate_up, down = [], []
-        for expert in experts:
-            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-            gate, up, back = (reader.tensor(f"{prefix}.{part}_proj.weight", dtype) for part in ("gate", "up", "down"))
-            gate_up.append(torch.cat([gate, up]))
-            down.append(back)
-        self.gate_up: PackedWeight = kernels.pack(gate_up)
-        self.down: PackedWeight = kernels.pack(down)
 
 
 class LocalExperts(ExpertBackend):
@@ -90,6 +106,7 @@ class LocalExperts(ExpertBackend):
         tokens, top_k = expert_ids.shape
         token_rows = torch.arange(tokens).repeat_interleave(top_k)
         rows = self._store.run(layer, hidden, token_rows, expert_ids.flatten())
+        assert rows is not None, f"the local store lacks experts of layer {layer}"
         return rows.view(tokens, top_k, hidden.shape[1])
 
     def combine(self, ticket: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def test_linear_can_widen_its_output(native: NativeKernels) -> None:
 def test_grouped_linear_meets_each_row_with_its_group(kernels: Kernels) -> None:
     weights = [random(24, 16, seed=seed) for seed in range(4)]
     x = random(7, 16, seed=9)
-    out = kernels.grouped_linear(x, kernels.pack(weights), groups=[2, 0, 3], rows=[4, 1, 2])
+    packed = [kernels.pack([weight]) for weight in weights]
+    out = kernels.grouped_linear(x, [packed[2], packed[0], packed[3]], rows=[4, 1, 2])
     owner = [2, 2, 2, 2, 0, 3, 3]
     expected = torch.stack([weights[group] @ row for group, row in zip(owner, x, strict=True)])
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

@@ -50,6 +50,26 @@ def test_rows_come_back_in_the_order_of_the_pairs(tmp_path: Path) -> None:
         torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_experts_come_and_go(tmp_path: Path) -> None:
+    reader = RecordingReader(write_random_checkpoint(tmp_path / "model", tiny_config()))
+    store = ExpertStore(reader, {1: [2]}, torch.float32)
+    hidden, pairs = torch.ones(1, 32), (torch.tensor([0, 0]), torch.tensor([2, 5]))
+    assert store.run(1, hidden, *pairs) is None, "expert 5 is not here"
+    store.load(1, 5)
+    assert store.held == {1: [2, 5]}
+    both = store.run(1, hidden, *pairs)
+    assert both is not None
+    read = len(reader.read)
+    store.load(1, 5)
+    assert len(reader.read) == read, "an expert that is here is not read again"
+    store.drop(1, 2)
+    assert store.held == {1: [5]}
+    assert store.run(1, hidden, *pairs) is None
+    alone = store.run(1, hidden, torch.tensor([0]), torch.tensor([5]))
+    assert alone is not None
+    assert torch.equal(alone[0], both[1])
+
+
 def test_no_pairs_no_rows(tmp_path: Path) -> None:
     reader = CheckpointReader(write_random_checkpoint(tmp_path / "model", tiny_config()))
     store = ExpertStore(reader, {1: range(8)}, torch.float32)

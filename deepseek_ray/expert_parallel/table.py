@@ -1,12 +1,14 @@
-"""The routing table: where each expert of each layer is, and under which command it was published."""
+"""The routing table: which shards hold each expert of each layer, and under which command it was published."""
 
 from __future__ import annotations
 
 import msgspec
 
+from deepseek_ray.expert_parallel.placement import Placement
+
 
 class RoutingTable(msgspec.Struct, frozen=True):
-    """`(layer, logical expert) -> shard`, published by the router.
+    """`(layer, logical expert) -> shards with a replica`, published by the router.
 
     A table is newer than another if its `(generation, epoch)` is larger: the generation counts router starts, the epoch
     the changes one router made.
@@ -14,8 +16,7 @@ class RoutingTable(msgspec.Struct, frozen=True):
 
     generation: int
     epoch: int
-    owners: dict[int, list[int]]
-    """layer -> shard of each logical expert."""
+    replicas: Placement
 
     @property
     def version(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_ray.errors import DeploymentError
-from deepseek_ray.expert_parallel.dispatch import plan_calls
+from deepseek_ray.expert_parallel.dispatch import LayerRoutes, plan_calls
 from deepseek_ray.expert_parallel.placement import contiguous_placement, experts_of_shard
 
 
@@ -26,7 +26,7 @@ def test_a_plan_by_hand() -> None:
 def test_every_pair_reaches_the_owner_of_its_expert_once(tokens: int, top_k: int, experts: int, shards: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
-    owners = torch.tensor(contiguous_placement([0], experts, shards)[0])
+    owners = LayerRoutes(contiguous_placement([0], experts, range(shards))[0]).first
     seen = torch.zeros(tokens * top_k, dtype=torch.int64)
     for call in plan_calls(ids, owners):
         assert call.token_rows.unique().numel() == call.token_rows.numel()
@@ -48,11 +48,33 @@ def test_a_plan_for_some_pairs_only() -> None:
 
 
 def test_contiguous_placement_covers_all_experts() -> None:
-    placement = contiguous_placement([1, 2], num_experts=7, num_shards=3)
-    assert placement[1] == [0, 0, 0, 1, 1, 2, 2]
+    placement = contiguous_placement([1, 2], num_experts=7, shards=[0, 1, 5])
+    assert placement[1] == [(0,), (0,), (0,), (1,), (1,), (5,), (5,)]
     assert experts_of_shard(placement, 1) == {1: [3, 4], 2: [3, 4]}
+    assert experts_of_shard({1: [(0, 2), (1,)], 2: [(0,), (1,)]}, 2) == {1: [0]}
 
 
 def test_more_shards_than_experts_is_refused() -> None:
     with pytest.raises(DeploymentError, match=r"5 expert shards for 4 routed experts.*at most 4"):
-        contiguous_placement([0], num_experts=4, num_shards=5)
+        contiguous_placement([0], num_experts=4, shards=range(5))
+
+
+def test_replicas_share_the_experts_of_a_call_by_size() -> None:
+    # Expert 0 is on shard 0 alone with 5 tokens. Experts 1, 2, 3 are on both shards with 4, 3 and 2: largest first,
+    # 1 -> shard 1 (0 < 5), 2 -> shard 1 (4 < 5), 3 -> shard 0 (5 < 7). Expert 4 has no tokens: its first replica.
+    routes = LayerRoutes([(0,), (0, 1), (0, 1), (0, 1), (0, 1)])
+    assert routes.choose(torch.tensor([5, 4, 3, 2, 0])).tolist() == [0, 1, 1, 0, 0]
+
+
+def test_a_shard_is_avoided_where_another_has_the_expert() -> None:
+    routes = LayerRoutes([(0,), (0, 1), (0, 2)])
+    counts = torch.tensor([1, 1, 1])
+    assert routes.choose(counts, avoid={0}).tolist() == [0, 1, 2], "expert 0 is nowhere else"
+    assert routes.choose(counts, avoid={0, 1, 2}).tolist()[0] == 0
+    assert routes.has_other(torch.tensor([0, 1, 2, 1]), avoid={0}).tolist() == [False, True, True, True]
+    assert routes.has_other(torch.tensor([1, 2]), avoid={0, 1}).tolist() == [False, True]
+
+
+def test_single_replicas_need_no_choice() -> None:
+    routes = LayerRoutes([(0,), (1,)])
+    assert routes.choose(torch.tensor([3, 4])) is routes.first

@@ -6,17 +6,19 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 
 import msgspec
 import ray
 import torch
 
-from deepseek_ray.actors.expert_client import RemoteExperts, ShardDirectory
+from deepseek_ray.actors.expert_client import RemoteExperts
 from deepseek_ray.actors.member import Member
 from deepseek_ray.actors.member_metrics import WorkerMetrics
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
+from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.actors.token_service import TokenService
 from deepseek_ray.control.membership import Directive, MemberReport, MemberState, ShardAddress
 from deepseek_ray.engine.engine import Engine
@@ -31,6 +33,7 @@ from deepseek_ray.models.paged_decoder import PagedDecoder
 logger = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 2.0
+_LOAD_REPORT_SECONDS = 2.0
 
 
 class AttentionWorker:
@@ -45,6 +48,7 @@ class AttentionWorker:
         self._engine: Engine | None = None
         self._directory = ShardDirectory()
         self._table_arrived = threading.Event()
+        self._load_reported = 0.0
         self._member = Member(self._record, "attention_worker", id, self._report, self._obey)
         self._listener = listen(
             node_id=self._member.node_id,
@@ -61,11 +65,15 @@ class AttentionWorker:
             self._member.identity.incarnation,
             ask_for_news=self._member.report_now,
             interrupted=self._service.interrupted,
+            hedge_after_seconds=self._config.hedge_after_seconds,
         )
         exporter = MetricsExporter(model_name=self._record.description.served_model_name, engine=str(id))
         export_every_second(WorkerMetrics(exporter, self._experts, self._stats).collect)
         threading.Thread(target=self._load, name="load", daemon=True).start()
         self._member.start()
+
+    def report_now(self) -> None:
+        self._member.report_now()
 
     def _load(self) -> None:
         """Read the weights, wait for the routing table, begin to serve."""
@@ -99,7 +107,12 @@ class AttentionWorker:
         )
 
     def _report(self, identity: MemberReport) -> MemberReport:
-        stats = {"frames": self._experts.num_frames, "frames_resent": self._experts.num_frames_resent}
+        experts = self._experts
+        stats = {
+            "frames": experts.num_frames,
+            "frames_resent": experts.num_frames_resent,
+            "frames_hedged": experts.num_frames_hedged,
+        }
         if (engine := self._stats()) is not None:
             stats |= msgspec.structs.asdict(engine)
         return msgspec.structs.replace(
@@ -108,8 +121,18 @@ class AttentionWorker:
             error=self._error,
             endpoints=self._listener.endpoints,
             table_version=self._directory.version,
+            lost_shards=experts.lost_shards(),
+            expert_tokens=self._expert_tokens(),
             stats=stats,
         )
+
+    def _expert_tokens(self) -> dict[int, list[int]]:
+        """Every few seconds: for a large model these are thousands of numbers."""
+        now = time.monotonic()
+        if now - self._load_reported < _LOAD_REPORT_SECONDS:
+            return {}
+        self._load_reported = now
+        return {layer: counts.tolist() for layer, counts in list(self._experts.meter.num_tokens.items())}
 
     def _stats(self) -> EngineStats | None:
         return None if self._engine is None else self._engine.stats()

@@ -24,9 +24,9 @@ from deepseek_ray.actors.record import (
     require_record,
 )
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.control.plan import initial_plan
 from deepseek_ray.control.rollout import engine_change
-from deepseek_ray.errors import DeploymentError
-from deepseek_ray.expert_parallel.placement import contiguous_placement
+from deepseek_ray.errors import DeepSeekRayError, DeploymentError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ class Deployment:
 
     def status(self) -> dict[str, Any]:
         return deployment_status(self.name)
+
+    def is_settled(self) -> bool:
+        """Whether every member is there and every change that was asked for has happened; DeploymentError as status."""
+        return _ask(self.name, "settled")
 
     @property
     def is_there(self) -> bool:
@@ -135,9 +139,38 @@ def join_or_start_deployment(config: DeploymentConfig) -> Deployment:
 
 def deployment_status(name: str) -> dict[str, Any]:
     """`{"epoch": int, "actors": [...]}` of a deployment on this cluster; DeploymentError if there is none."""
+    return _ask(name, "status")
+
+
+def deployment_experts(name: str) -> dict[str, Any]:
+    """Load and shards of every expert, see `Router.experts`; DeploymentError if there is no such deployment."""
+    return _ask(name, "experts")
+
+
+def change_deployment(name: str, command: str, *wish: Any, wait_seconds: float) -> dict[str, Any]:
+    """Give a deployment's router one of its commands (`scale`, `drain`, `rebalance`); returns the status afterwards.
+
+    Waits until the change is complete. DeploymentError: no such deployment, a wish that cannot be met, or a change that
+    is not complete after `wait_seconds` (0: do not wait); it goes on then.
+    """
+    status = _ask(name, command, *wish)
+    deadline = time.monotonic() + wait_seconds
+    while wait_seconds and not _ask(name, "settled"):
+        if time.monotonic() > deadline:
+            raise DeploymentError(
+                f"{command} of {name!r} is under way but not complete after {wait_seconds:g} s; `deepseek-ray status` "
+                "shows how far it is"
+            )
+        time.sleep(_POLL_SECONDS)
+    return _ask(name, "status") if wait_seconds else status
+
+
+def _ask(name: str, question: str, *arguments: Any) -> Any:
     require_record(name)
     try:
-        return ask_router(name, "status")
+        return ask_router(name, question, *arguments)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DeepSeekRayError) else error) from None
     except (ray.exceptions.RayError, ValueError) as error:
         raise DeploymentError(f"the router of {name!r} does not answer ({error}); it is restarting or gone") from None
 
@@ -153,7 +186,7 @@ def _make_record(config: DeploymentConfig, serve_application: str | None, owns_s
     reader = CheckpointReader(directory)
     reader.validate()
     model = reader.config
-    contiguous_placement(model.moe_layers, model.n_routed_experts, config.expert_shards)
+    initial_plan(model.moe_layers, model.n_routed_experts, config)  # refuses what cannot be divided
     plan = plan_engine_cache(config.engine, model, getattr(torch, config.dtype))
     return DeploymentRecord(
         instance=uuid.uuid4().hex,

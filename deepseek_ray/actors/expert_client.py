@@ -1,27 +1,28 @@
 """The expert backend of an attention worker: one frame per shard and layer, sent again until it is answered.
 
-An expert call is a pure function of (weights, activations), so a call whose shard died is simply sent again - to the
-same shard's next process, or wherever a newer table says - and gives the same bits.
+An expert call is a pure function of (weights, activations). So one whose shard died or does not answer in time goes to
+another shard that has the experts, at once; where none has, it waits for the shard's next process, or for a table that
+says where the experts are now. The bits are the same whoever answers.
 """
 
 from __future__ import annotations
 
 import logging
 import select
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from deepseek_ray.actors.expert_frames import call_frame, read_reply
 from deepseek_ray.actors.expert_meter import ExpertMeter
+from deepseek_ray.actors.shard_directory import ShardDirectory
+from deepseek_ray.actors.shard_links import ShardLinks
 from deepseek_ray.control.membership import ShardAddress
-from deepseek_ray.errors import LinkClosedError, LinkError, UnavailableError
+from deepseek_ray.control.patience import Patience
+from deepseek_ray.errors import LinkError, UnavailableError
 from deepseek_ray.expert_parallel.dispatch import ShardCall, plan_calls
-from deepseek_ray.expert_parallel.table import RoutingTable
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.frame import Frame, FrameKind
 from deepseek_ray.nn.moe import ExpertBackend
@@ -38,45 +39,6 @@ class StepInterruptedError(UnavailableError):
     """A step was given up while experts were away, because a request of its batch ended. Nothing is lost: run again."""
 
 
-class ShardDirectory:
-    """The newest routing table and where its shards listen. Written by the report loop, read by the engine thread."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._table: RoutingTable | None = None
-        self._shards: dict[int, ShardAddress] = {}
-        self._owners: dict[int, Tensor] = {}
-
-    def update(self, table: RoutingTable, shards: dict[int, ShardAddress]) -> None:
-        """Take in a table unless a newer one is here."""
-        with self._changed:
-            if self._table is not None and table.version < self._table.version:
-                return
-            self._table, self._shards = table, shards
-            self._owners = {layer: torch.tensor(owners) for layer, owners in table.owners.items()}
-            self._changed.notify_all()
-
-    @property
-    def version(self) -> tuple[int, int]:
-        with self._changed:
-            return self._table.version if self._table else (0, 0)
-
-    def owners(self, layer: int) -> Tensor:
-        """[experts] int64: shard of each logical expert."""
-        with self._changed:
-            return self._owners[layer]
-
-    def address(self, shard: int) -> ShardAddress | None:
-        with self._changed:
-            return self._shards.get(shard)
-
-    def wait_newer(self, version: tuple[int, int], seconds: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: self._table is not None and self._table.version > version, timeout=seconds
-            )
-
-
 @dataclass
 class _Pending:
     """One call that has no answer yet. `link` is None until it could be sent."""
@@ -84,6 +46,7 @@ class _Pending:
     call: ShardCall
     attempt: int
     link: Link | None = None
+    sent: float = 0.0
 
 
 @dataclass
@@ -91,14 +54,18 @@ class _Ticket:
     layer: int
     hidden: Tensor
     expert_ids: Tensor
+    counts: Tensor
+    """[experts]: tokens of each."""
     rows: Tensor
     """[T * K, H], filled by replies."""
     pending: dict[int, _Pending] = field(default_factory=dict)
     """By sequence number."""
+    refused: set[int] = field(default_factory=set)
+    """Shards that said they do not hold what they were asked for."""
 
 
 class RemoteExperts(ExpertBackend):
-    """Routed experts in other processes. Used by one thread."""
+    """Routed experts in other processes. Used by one thread; `lost_shards` may be called by any."""
 
     def __init__(
         self,
@@ -107,26 +74,34 @@ class RemoteExperts(ExpertBackend):
         incarnation: int,
         ask_for_news: Callable[[], None],
         interrupted: Callable[[], bool],
+        hedge_after_seconds: float = 0.3,
     ) -> None:
         self._directory = directory
-        self._connect = connect
+        self._links = ShardLinks(directory, connect)
         self._incarnation = incarnation
         self._ask_for_news = ask_for_news
         self._interrupted = interrupted
-        self._links: dict[int, Link] = {}
+        self._patience = Patience(hedge_after_seconds)
         self._sequence = 0
         self.meter = ExpertMeter()
         self.num_frames = 0
         self.num_frames_resent = 0
+        self.num_frames_hedged = 0
+        """Of those sent again: because an answer was overdue."""
+
+    def lost_shards(self) -> dict[int, int]:
+        """Shard -> incarnation of the process that cannot be reached."""
+        return self._links.lost
 
     def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor) -> _Ticket:
         started = time.monotonic()
         tokens, top_k = expert_ids.shape
-        ticket = _Ticket(layer, hidden, expert_ids, hidden.new_empty(tokens * top_k, hidden.shape[1]))
-        owners = self._directory.owners(layer)
-        for call in plan_calls(expert_ids, owners):
+        routes = self._directory.routes(layer)
+        counts = expert_ids.flatten().bincount(minlength=len(routes.first))
+        ticket = _Ticket(layer, hidden, expert_ids, counts, hidden.new_empty(tokens * top_k, hidden.shape[1]))
+        for call in plan_calls(expert_ids, routes.choose(counts, self._links.avoided)):
             self._send(ticket, _Pending(call, attempt=0))
-        self.meter.dispatched(layer, expert_ids, len(owners), time.monotonic() - started)
+        self.meter.dispatched(layer, counts, time.monotonic() - started)
         return ticket
 
     def combine(self, ticket: _Ticket) -> Tensor:
@@ -136,6 +111,7 @@ class RemoteExperts(ExpertBackend):
             if any(pending.link is None for pending in ticket.pending.values()):
                 self._send_again(ticket)
             self._collect(ticket)
+            self._hedge(ticket)
             if ticket.pending and time.monotonic() - started > _PATIENCE_SECONDS and self._interrupted():
                 raise StepInterruptedError("a request of this batch ended while experts were away; run the step again")
         self.meter.combined(time.monotonic() - started)
@@ -143,13 +119,15 @@ class RemoteExperts(ExpertBackend):
         return ticket.rows.view(tokens, top_k, -1)
 
     def close(self) -> None:
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
+        self._links.close()
 
     def _send(self, ticket: _Ticket, pending: _Pending) -> None:
         """Register the call and send it if its shard can be reached."""
         self._sequence += 1
+        ticket.pending[self._sequence] = pending
+        link = self._links.get(pending.call.shard)
+        if link is None:
+            return
         frame = call_frame(
             pending.call,
             ticket.hidden,
@@ -159,49 +137,57 @@ class RemoteExperts(ExpertBackend):
             self._incarnation,
             self._directory.version,
         )
-        ticket.pending[self._sequence] = pending
-        link = self._link(ticket, pending.call.shard)
-        if link is None:
-            return
         try:
             link.send(frame)
         except LinkError as error:
             self._drop(ticket, pending.call.shard, error)
             return
-        pending.link = link
+        pending.link, pending.sent = link, time.monotonic()
         self.num_frames += 1
         self.num_frames_resent += pending.attempt > 0
 
     def _send_again(self, ticket: _Ticket) -> None:
-        """Plan what was not delivered anew, under the newest table."""
+        """Plan what was not delivered anew, under the newest table and without the shards that are away."""
         self._ask_for_news()
         version = self._directory.version
-        unsent = [sequence for sequence, pending in ticket.pending.items() if pending.link is None]
-        owners = self._directory.owners(ticket.layer)
-        for sequence in unsent:
-            pending = ticket.pending.pop(sequence)
-            for call in plan_calls(ticket.expert_ids, owners, pending.call.places):
-                self._send(ticket, _Pending(call, pending.attempt + 1))
+        for sequence in [sequence for sequence, pending in ticket.pending.items() if pending.link is None]:
+            self._plan_again(ticket, sequence)
         if any(pending.link is None for pending in ticket.pending.values()):
             self._directory.wait_newer(version, _POLL_SECONDS)
 
+    def _plan_again(self, ticket: _Ticket, sequence: int) -> None:
+        pending = ticket.pending.pop(sequence)
+        shards = self._directory.routes(ticket.layer).choose(ticket.counts, self._links.avoided | ticket.refused)
+        for call in plan_calls(ticket.expert_ids, shards, pending.call.places):
+            self._send(ticket, _Pending(call, pending.attempt + 1))
+
+    def _hedge(self, ticket: _Ticket) -> None:
+        """A call that is overdue goes elsewhere if others have all of its experts; its own answer is then dropped."""
+        overdue = time.monotonic() - self._patience.seconds
+        late = [number for number, pending in ticket.pending.items() if pending.link and pending.sent < overdue]
+        for sequence in late:
+            call = ticket.pending[sequence].call
+            avoid = self._links.avoided | ticket.refused | {call.shard}
+            if self._directory.routes(ticket.layer).has_other(call.pair_experts, avoid).all():
+                self._links.suspect(call.shard)
+                self.num_frames_hedged += 1
+                self._plan_again(ticket, sequence)
+
     def _collect(self, ticket: _Ticket) -> None:
-        """Take the answers that are there; wait a moment for the first."""
-        waiting = {pending.link: pending.call.shard for pending in ticket.pending.values() if pending.link}
-        if not waiting:
-            return
+        """Take the answers that are there; wait a moment for the first. Late ones of other calls are read as well."""
+        unsent = any(pending.link is None for pending in ticket.pending.values())
+        by_fileno = {link.fileno(): (link, shard) for link, shard in self._links.open.items()}
         poller = select.poll()
-        by_fileno = {link.fileno(): link for link in waiting}
         for fileno in by_fileno:
             poller.register(fileno, select.POLLIN)
-        unsent = any(pending.link is None for pending in ticket.pending.values())
         for fileno, _ in poller.poll(0 if unsent else int(_POLL_SECONDS * 1000)):
-            link = by_fileno[fileno]
+            link, shard = by_fileno[fileno]
             try:
                 while (frame := link.receive(0)) is not None:
+                    self._links.heard(shard)
                     self._take(ticket, frame)
             except LinkError as error:
-                self._drop(ticket, waiting[link], error)
+                self._drop(ticket, shard, error)
 
     def _take(self, ticket: _Ticket, frame: Frame) -> None:
         with frame:
@@ -210,37 +196,18 @@ class RemoteExperts(ExpertBackend):
                 return  # a late answer to a call that was sent again, or to a step that was given up
             if frame.kind is FrameKind.EXPERT_REPLY:
                 ticket.rows[pending.call.places] = read_reply(frame, ticket.hidden.shape[1])
+                self._patience.answered(time.monotonic() - pending.sent)
                 del ticket.pending[frame.sequence]
             elif frame.kind is FrameKind.STALE:
-                pending.link = None  # sent again once the router has told where the experts are
+                ticket.refused.add(pending.call.shard)
+                pending.link = None  # goes to another one, or waits until the router has told where the experts are
             elif frame.kind is FrameKind.ERROR:
                 sentence = bytes(frame.payload).decode(errors="replace")
                 raise UnavailableError(f"expert shard {pending.call.shard} failed: {sentence}")
 
-    def _link(self, ticket: _Ticket, shard: int) -> Link | None:
-        """An open link to the shard's present process, or None if it cannot be reached now."""
-        address = self._directory.address(shard)
-        link = self._links.get(shard)
-        if link is not None and (address is None or link.peer_incarnation == address.incarnation):
-            return link
-        if link is not None:
-            self._drop(ticket, shard, LinkClosedError("replaced by a newer process"))
-        if address is None:
-            return None
-        try:
-            self._links[shard] = self._connect(address)
-        except (LinkError, OSError) as error:
-            logger.info("expert shard %d cannot be reached: %s", shard, error)
-            return None
-        return self._links[shard]
-
     def _drop(self, ticket: _Ticket, shard: int, error: Exception) -> None:
-        """Give a link up; what was sent over it and not answered waits to be sent again."""
-        link = self._links.pop(shard, None)
-        if link is None:
-            return
-        logger.warning("expert shard %d is gone (%s); its frames wait", shard, error)
-        link.close()
+        """Give a link up; what was sent over it and not answered goes elsewhere, or waits."""
+        link = self._links.drop(shard, error)
         for pending in ticket.pending.values():
-            if pending.link is link:
+            if link is not None and pending.link is link:
                 pending.link = None

@@ -21,13 +21,10 @@ class ExpertMeter:
         self._dispatch = self._combine = 0.0
         self._steps: deque[tuple[float, float]] = deque(maxlen=_MAX_STEPS)
 
-    def dispatched(self, layer: int, expert_ids: Tensor, num_experts: int, seconds: float) -> None:
-        """One layer's calls went out. expert_ids [T, K]."""
-        counts = np.bincount(expert_ids.flatten().numpy(), minlength=num_experts)
-        if layer in self.num_tokens:
-            self.num_tokens[layer] += counts
-        else:
-            self.num_tokens[layer] = counts
+    def dispatched(self, layer: int, counts: Tensor, seconds: float) -> None:
+        """One layer's calls went out. counts [experts]: tokens of each."""
+        before = self.num_tokens.get(layer)
+        self.num_tokens[layer] = counts.numpy() if before is None else before + counts.numpy()
         self._dispatch += seconds
 
     def combined(self, seconds: float) -> None:

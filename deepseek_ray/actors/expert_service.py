@@ -23,22 +23,14 @@ logger = logging.getLogger(__name__)
 class ExpertService:
     """Answers expert calls on every link a listener accepts; one thread per link, one computation at a time."""
 
-    def __init__(self, listener: Listener, hidden_size: int) -> None:
+    def __init__(self, listener: Listener, store: ExpertStore, hidden_size: int) -> None:
         self._listener = listener
         self._hidden_size = hidden_size
-        self._store: ExpertStore | None = None
+        self._store = store
         self._computing = threading.Lock()
         self.num_calls = 0
         self.num_pairs = 0
         self.compute_seconds = 0.0
-
-    @property
-    def loaded(self) -> bool:
-        return self._store is not None
-
-    def hold(self, store: ExpertStore) -> None:
-        """From now on these experts are answered for; until then every call is stale."""
-        self._store = store
 
     def start(self) -> None:
         _start_thread(self._accept, "accept")
@@ -71,12 +63,11 @@ class ExpertService:
         if frame.kind is not FrameKind.EXPERT_CALL:
             raise LinkError(f"an expert shard got a {frame.kind.name} frame; it takes EXPERT_CALL and PING")
         content = read_call(frame, self._hidden_size)
-        store = self._store
-        if store is None or not all(store.holds(frame.layer, expert) for expert in set(content.pair_experts.tolist())):
-            return answer(frame, FrameKind.STALE)
         with self._computing, torch.inference_mode():
             started = time.monotonic()
-            rows = store.run(frame.layer, content.hidden, content.pair_rows, content.pair_experts)
+            rows = self._store.run(frame.layer, content.hidden, content.pair_rows, content.pair_experts)
+            if rows is None:
+                return answer(frame, FrameKind.STALE)
             self.compute_seconds += time.monotonic() - started
             self.num_calls += 1
             self.num_pairs += frame.num_pairs

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import ray
 
-from deepseek_ray.actors.record import NAMESPACE, DeploymentRecord, actor_name, delete_record
+from deepseek_ray.actors.record import NAMESPACE, DeploymentRecord, actor_name, delete_record, read_plan
 from deepseek_ray.actors.shells import AttentionWorkerActor, ExpertShardActor
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.control.plan import Role
 
 logger = logging.getLogger(__name__)
+
+_SHELLS: dict[Role, type] = {"attention_worker": AttentionWorkerActor, "expert_shard": ExpertShardActor}
 
 
 def create_router(config: DeploymentConfig) -> Any:
@@ -25,31 +29,37 @@ def create_router(config: DeploymentConfig) -> Any:
     return _create(Router, config.name, "router", 0, threads=1, arguments=(config.name,), max_concurrency=1000)
 
 
-def create_members(config: DeploymentConfig) -> None:
-    """Attention workers and expert shards; those that exist are left alone."""
-    for role, id, threads in member_threads(config):
-        shell = ExpertShardActor if role == "expert_shard" else AttentionWorkerActor
-        _create(shell, config.name, role, id, threads, arguments=(config.name, id, threads))
+def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]) -> dict[tuple[Role, int], Any]:
+    """Handles of attention workers and expert shards; those that exist are left alone."""
+    handles = {}
+    for role, id in members:
+        shell, threads = _SHELLS[role], member_threads(config, role)
+        handles[role, id] = _create(shell, config.name, role, id, threads, arguments=(config.name, id, threads))
+    return handles
 
 
-def member_threads(config: DeploymentConfig) -> list[tuple[str, int, int]]:
-    """(role, id, threads) of every member. Attention and experts take turns, so each side may use all cores."""
+def member_threads(config: DeploymentConfig, role: Role) -> int:
+    """Threads of each member of a role. Attention and experts take turns, so each side may use all cores."""
     total = config.threads or os.cpu_count() or 1
-    rows = [
-        ("attention_worker", id, max(1, total // config.attention_workers)) for id in range(config.attention_workers)
-    ]
-    return rows + [("expert_shard", id, max(1, total // config.expert_shards)) for id in range(config.expert_shards)]
+    return max(1, total // (config.attention_workers if role == "attention_worker" else config.expert_shards))
 
 
-def end_deployment(record: DeploymentRecord, delete: bool = True) -> None:
-    """Remove the record, the Serve application that belongs to it, and every actor, the router last."""
+def end_deployment(
+    record: DeploymentRecord, delete: bool = True, members: Iterable[tuple[Role, int]] | None = None
+) -> None:
+    """Remove the record, the Serve application that belongs to it, and every actor, the router last.
+
+    `members`: everybody but the router; None reads them from the deployment's plan.
+    """
     name = record.description.name
+    if members is None:
+        plan = read_plan(name)
+        members = plan.members if plan else ()
     if delete:
         delete_record(name)
     if record.serve_application:
         _end_serve(record)
-    config = record.config
-    for role, id, _ in member_threads(config):
+    for role, id in members:
         _kill(actor_name(name, role, id))
     _kill(actor_name(name, "router"))
 

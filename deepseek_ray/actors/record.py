@@ -2,7 +2,7 @@
 deployment.
 
 Keys, in namespace `deepseek_ray`: `deployment/<name>` the record, `generation/<name>/<n>` one per router start,
-`life/<name>/<role>/<id>` how often a member was started.
+`life/<name>/<role>/<id>` how often a member was started, `plan/<name>` what the router wants the deployment to be.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.control.plan import Plan
 from deepseek_ray.errors import DeploymentError
 
 NAMESPACE = "deepseek_ray"
@@ -53,6 +54,12 @@ class DeploymentRecord(msgspec.Struct, kw_only=True, frozen=True):
         return DeploymentConfig.model_validate_json(self.config_json)
 
 
+class _StoredPlan(msgspec.Struct, frozen=True):
+    generation: int
+    """Of the router that wrote it."""
+    plan: Plan
+
+
 def actor_name(deployment: str, role: str, id: int = 0) -> str:
     return f"{deployment}/{role}/{id}"
 
@@ -85,9 +92,31 @@ def list_deployments() -> list[str]:
 
 def delete_record(name: str) -> None:
     """Remove the record and its counters. Members that find no record leave."""
-    _internal_kv_del(f"deployment/{name}", namespace=NAMESPACE)
+    for key in (f"deployment/{name}", f"plan/{name}"):
+        _internal_kv_del(key, namespace=NAMESPACE)
     for prefix in (f"generation/{name}/", f"life/{name}/"):
         _internal_kv_del(prefix, del_by_prefix=True, namespace=NAMESPACE)
+
+
+def read_plan(name: str) -> Plan | None:
+    """What the deployment shall be; None before its first router has written it."""
+    stored = _read_stored_plan(name)
+    return None if stored is None else stored.plan
+
+
+def write_plan(name: str, generation: int, plan: Plan) -> bool:
+    """Keep a router's plan. False when a router of a later generation has written one: this router was replaced."""
+    stored = _read_stored_plan(name)
+    if stored is not None and stored.generation > generation:
+        return False
+    value = msgspec.msgpack.encode(_StoredPlan(generation, plan))
+    _internal_kv_put(f"plan/{name}", value, overwrite=True, namespace=NAMESPACE)
+    return True
+
+
+def _read_stored_plan(name: str) -> _StoredPlan | None:
+    value = _internal_kv_get(f"plan/{name}", namespace=NAMESPACE)
+    return None if value is None else msgspec.msgpack.decode(value, type=_StoredPlan)
 
 
 def take_generation(name: str) -> int:

@@ -1,7 +1,7 @@
 """The router actor: membership, placement, admission and the life of a deployment. No torch here.
 
-It keeps nothing that its members cannot tell it again: a restarted router takes the next generation, and one report
-interval later it knows the deployment as well as the last one did.
+It keeps nothing that its members or the key-value store cannot tell it again: a restarted router takes the next
+generation, and one report interval later it knows the deployment as well as the last one did.
 """
 
 from __future__ import annotations
@@ -10,21 +10,34 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 
 from deepseek_ray.actors.launch import create_members, end_deployment
 from deepseek_ray.actors.metrics_export import MetricsExporter
-from deepseek_ray.actors.record import DeploymentDescription, read_record, require_record, take_generation, take_life
+from deepseek_ray.actors.record import (
+    DeploymentDescription,
+    read_plan,
+    read_record,
+    require_record,
+    take_generation,
+    take_life,
+    write_plan,
+)
 from deepseek_ray.actors.router_metrics import export_router
+from deepseek_ray.control import commands
 from deepseek_ray.control.admission import Admission
 from deepseek_ray.control.lease import Leases
 from deepseek_ray.control.membership import Directive, MemberReport, Membership, WorkerView
+from deepseek_ray.control.plan import Plan, Role, initial_plan
+from deepseek_ray.expert_parallel.load import ExpertLoad
 
 logger = logging.getLogger(__name__)
 
 _HOUSEKEEPING_SECONDS = 1.0
+_LOAD_WINDOW_SECONDS = 60.0
 
 
 class Router:
@@ -36,23 +49,32 @@ class Router:
         config = self._record.config
         self._restarts = take_life(deployment, "router", 0) - 1
         self._node_id: str = ray.get_runtime_context().get_node_id()
+        plan = read_plan(deployment) or initial_plan(self._record.moe_layers, self._record.num_experts, config)
         self._membership = Membership(
             generation=take_generation(deployment),
-            moe_layers=self._record.moe_layers,
-            num_experts=self._record.num_experts,
-            num_shards=config.expert_shards,
-            num_workers=config.attention_workers,
+            plan=plan,
+            started=time.monotonic(),
+            drain_seconds=config.drain_seconds,
         )
+        self._load = ExpertLoad(self._record.moe_layers, self._record.num_experts, _LOAD_WINDOW_SECONDS)
         self._admission = Admission(max_in_flight=config.engine.max_num_seqs + config.engine.max_waiting)
         self._leases = Leases(config.orphan_timeout_seconds, started=time.monotonic())
         self._exporter = MetricsExporter(model_name=self._record.description.served_model_name)
-        create_members(config)
+        self._handles: dict[tuple[Role, int], Any] = {}
+        self._enacted = (0, 0)
+        """Revision of the plan and epoch of the table that members were told of."""
+        self._enact()
         self._housekeeping: asyncio.Task[None] | None = None
 
     async def sync(self, report: MemberReport) -> Directive:
         """A member's report; the answer says what it should be."""
         self._start_housekeeping()
-        return self._membership.observe(report, time.monotonic())
+        now = time.monotonic()
+        directive = self._membership.observe(report, now)
+        if report.expert_tokens:
+            self._load.observe(report.id, report.incarnation, report.expert_tokens, now)
+        self._enact()
+        return directive
 
     async def admit(self, request_id: str, tokens: int, seconds: float, avoid: list[tuple[int, int]]) -> WorkerView:
         """The worker that takes a request of about `tokens` tokens and at most `seconds`.
@@ -102,9 +124,67 @@ class Router:
         }
         return {"epoch": self._membership.epoch, "actors": [me, *self._membership.status(time.monotonic())]}
 
+    async def scale(self, workers: int | None, shards: int | None) -> dict[str, Any]:
+        """See `control/commands.py`. Commands return the new status, before the change is complete."""
+        return await self._command(commands.scale, workers=workers, shards=shards)
+
+    async def drain(self, role: str, id: int) -> dict[str, Any]:
+        return await self._command(commands.drain, role=role, id=id)
+
+    async def rebalance(self, extra_replicas: int, min_replicas: int) -> dict[str, Any]:
+        return await self._command(commands.rebalance, extra_replicas=extra_replicas, min_replicas=min_replicas)
+
+    async def settled(self) -> bool:
+        """Whether every change that was asked for has happened."""
+        return self._membership.settled(time.monotonic())
+
+    async def experts(self) -> dict[str, Any]:
+        """layer -> for each expert its tokens in the last minute and the shards that answer for it."""
+        loads, table = self._load.loads(time.monotonic()), self._membership.table
+        return {
+            "epoch": table.epoch,
+            "window_seconds": _LOAD_WINDOW_SECONDS,
+            "layers": {
+                layer: [
+                    {"expert": expert, "tokens": int(loads[layer][expert]), "shards": list(shards)}
+                    for expert, shards in enumerate(experts)
+                ]
+                for layer, experts in table.replicas.items()
+            },
+        }
+
     async def stats(self) -> dict[str, Any]:
         """Figures of every member, by `role/id`, and the router's own."""
         return {**self._membership.stats(), "router/0": {"in_flight": self._admission.in_flight}}
+
+    async def _command(self, change: Callable[..., Plan], **wish: Any) -> dict[str, Any]:
+        """Change the plan; what cannot be done raises DeploymentError and changes nothing."""
+        now = time.monotonic()
+        plan = change(self._membership.plan, loads=self._load.loads(now), **wish)
+        self._membership.replan(plan, now)
+        self._enact()
+        return await self.status()
+
+    def _enact(self) -> None:
+        """Make a changed plan real, and let members ask at once for what has changed."""
+        plan, now = self._membership.plan, (self._membership.plan.revision, self._membership.epoch)
+        if now == self._enacted:
+            return
+        if plan.revision != self._enacted[0] and not self._keep(plan):
+            return
+        self._enacted = now
+        for handle in self._handles.values():
+            handle.poke.remote()
+
+    def _keep(self, plan: Plan) -> bool:
+        """Store a plan and create its new members. False when this router was replaced and must not command."""
+        if not write_plan(self._name, self._membership.generation, plan):
+            logger.warning("router of generation %d was replaced; it commands no more", self._membership.generation)
+            return False
+        self._handles = {member: handle for member, handle in self._handles.items() if member in plan.members}
+        missing = [member for member in plan.members if member not in self._handles]
+        self._handles |= create_members(self._record.config, missing)
+        return True
 
     def _start_housekeeping(self) -> None:
         """With the first call: the event loop does not run yet in `__init__`."""
@@ -112,15 +192,19 @@ class Router:
             self._housekeeping = asyncio.get_running_loop().create_task(self._keep_house())
 
     async def _keep_house(self) -> None:
-        """End the deployment when its record is gone or nobody owns it any more."""
+        """Once a second: losses, members that leave, figures; the end when there is no record or no owner any more."""
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
-            export_router(self._exporter, self._membership, self._admission, time.monotonic())
+            now = time.monotonic()
+            self._membership.tick(now, self._admission.in_flight_of)
+            self._enact()
+            export_router(self._exporter, self._membership, self._admission, now)
             record = read_record(self._name)
             replaced = record is None or record.instance != self._record.instance
-            orphaned = self._leases.orphaned(time.monotonic())
+            orphaned = self._leases.orphaned(now)
             if not replaced and not orphaned:
                 continue
             logger.warning("deployment %s ends: %s", self._name, "no owner" if orphaned else "its record is gone")
             self._membership.closing = True
-            await asyncio.to_thread(end_deployment, self._record, delete=not replaced)
+            members = self._membership.plan.members
+            await asyncio.to_thread(end_deployment, self._record, delete=not replaced, members=members)

@@ -19,6 +19,10 @@ class AttentionWorkerActor:
     def pid(self) -> int:
         return os.getpid()
 
+    def poke(self) -> None:
+        """The router has news: report now instead of at the next turn."""
+        self._worker.report_now()
+
 
 class ExpertShardActor:
     """An expert shard in its own process."""
@@ -30,3 +34,7 @@ class ExpertShardActor:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def poke(self) -> None:
+        """The router has news: report now instead of at the next turn."""
+        self._shard.report_now()

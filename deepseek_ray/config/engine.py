@@ -45,10 +45,17 @@ class DeploymentConfig(FrozenConfig):
     """Processes that own attention and the KV cache, each of its own sequences."""
     expert_shards: int = Field(default=2, ge=1)
     """Processes among which the routed experts of every layer are divided."""
+    standby_shards: int = Field(default=0, ge=0)
+    """Processes that hold no experts and take the place of an expert shard that is lost."""
     threads: int | None = Field(default=None, ge=1)
     """Cores the whole engine may use; None takes all of them."""
     transport: Literal["auto", "shared_memory", "tcp"] = "auto"
     """How frames travel; auto is shared memory on one node and TCP between nodes."""
+    hedge_after_seconds: float = Field(default=0.3, gt=0)
+    """An expert shard that has not answered for this long (four times its slowest recent answer if that is longer, ten
+    times this at most) is not waited for where another one holds the experts."""
+    drain_seconds: float = Field(default=30.0, ge=0)
+    """How long an attention worker that leaves may finish what it has; then its sequences go on elsewhere."""
     orphan_timeout_seconds: float = Field(default=30.0, gt=0)
     """Actors exit when neither router nor owner was seen for this long."""
     request_timeout_seconds: float = Field(default=600.0, gt=0)

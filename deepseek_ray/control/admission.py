@@ -62,6 +62,10 @@ class Admission:
     def release(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
 
+    def in_flight_of(self, worker: int) -> int:
+        """Requests that were given to a worker and are not over."""
+        return sum(entry.worker == worker for entry in self._requests.values())
+
     @property
     def in_flight(self) -> int:
         return len(self._requests)

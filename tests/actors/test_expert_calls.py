@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from deepseek_ray.actors.expert_client import RemoteExperts, ShardDirectory, StepInterruptedError
+from deepseek_ray.actors.expert_client import RemoteExperts, StepInterruptedError
 from deepseek_ray.actors.expert_service import ExpertService
+from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.control.membership import ShardAddress
-from deepseek_ray.expert_parallel.placement import contiguous_placement, experts_of_shard
+from deepseek_ray.expert_parallel.placement import Placement, contiguous_placement, experts_of_shard
 from deepseek_ray.expert_parallel.table import RoutingTable
 from deepseek_ray.links.base import Link, Transport
 from deepseek_ray.links.connect import connect, listen
+from deepseek_ray.links.frame import Frame
 from deepseek_ray.links.listener import Listener
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
@@ -22,34 +25,44 @@ from tests.checkpoints import tiny_config, write_random_checkpoint
 
 SECRET = b"s" * 32
 LAYER, EXPERTS, HIDDEN = 1, 8, 32
-OWNERS = contiguous_placement([LAYER, 2], EXPERTS, 2)
+PLACEMENT = contiguous_placement([LAYER, 2], EXPERTS, range(2))
 
 
 class Shards:
     """Two expert services whose "processes" can end and come back with a higher incarnation."""
 
-    def __init__(self, reader: CheckpointReader, dtype: torch.dtype, transport: Transport) -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        dtype: torch.dtype,
+        transport: Transport,
+        placement: Placement = PLACEMENT,
+    ) -> None:
         self._reader, self._dtype, self._transport = reader, dtype, transport
+        self.placement = placement
         self._listeners: dict[int, Listener] = {}
         self._links: dict[int, list[Link]] = {0: [], 1: []}
         self.incarnation = {0: 0, 1: 0}
+        self.answers = {0: threading.Event(), 1: threading.Event()}
+        """Cleared, a shard takes calls and answers none until it is set."""
         self.directory = ShardDirectory()
         self.epoch = 0
         for shard in range(2):
             self.start(shard)
         self.publish()
 
-    def start(self, shard: int, loaded: bool = True) -> ExpertService:
+    def start(self, shard: int, loaded: bool = True) -> ExpertStore:
+        """A new process of the shard: what it holds."""
         self.incarnation[shard] += 1
         self._listeners[shard] = listen("node", "127.0.0.1", "d", SECRET, self._transport, self.incarnation[shard])
-        service = ExpertService(_Recording(self._listeners[shard], self._links[shard]), HIDDEN)
-        if loaded:
-            service.hold(self.store(shard))
-        service.start()
-        return service
+        self.answers[shard].set()
+        store = ExpertStore(self._reader, self.experts_of(shard) if loaded else {}, self._dtype)
+        listener = _Recording(self._listeners[shard], self._links[shard], self.answers[shard])
+        ExpertService(listener, store, HIDDEN).start()
+        return store
 
-    def store(self, shard: int) -> ExpertStore:
-        return ExpertStore(self._reader, experts_of_shard(OWNERS, shard), self._dtype)
+    def experts_of(self, shard: int) -> dict[int, list[int]]:
+        return experts_of_shard(self.placement, shard)
 
     def end(self, shard: int) -> None:
         self._listeners[shard].close()
@@ -63,27 +76,37 @@ class Shards:
             shard: ShardAddress(self.incarnation[shard], listener.endpoints)
             for shard, listener in self._listeners.items()
         }
-        self.directory.update(RoutingTable(1, self.epoch, OWNERS), addresses)
+        self.directory.update(RoutingTable(1, self.epoch, self.placement), addresses)
 
     def backend(
-        self, ask_for_news: Callable[[], None] = lambda: None, interrupted: Callable[[], bool] = lambda: False
+        self,
+        ask_for_news: Callable[[], None] = lambda: None,
+        interrupted: Callable[[], bool] = lambda: False,
+        hedge_after_seconds: float = 30.0,
     ) -> RemoteExperts:
         def dial(address: ShardAddress) -> Link:
             return connect(address.endpoints, "node", "d", SECRET, self._transport, 5.0)
 
-        return RemoteExperts(self.directory, dial, 1, ask_for_news, interrupted)
+        return RemoteExperts(self.directory, dial, 1, ask_for_news, interrupted, hedge_after_seconds)
 
 
 class _Recording:
-    """A listener that remembers the links it handed out, so that a test can cut them."""
+    """A listener that remembers the links it handed out, so that a test can cut them or hold their answers back."""
 
-    def __init__(self, listener: Listener, links: list[Link]) -> None:
-        self._listener, self._links = listener, links
+    def __init__(self, listener: Listener, links: list[Link], answers: threading.Event) -> None:
+        self._listener, self._links, self._answers = listener, links, answers
 
     def accept(self, timeout: float | None = None) -> Link | None:
         link = self._listener.accept(timeout)
         if link is not None:
             self._links.append(link)
+            send = link.send
+
+            def send_when_allowed(frame: Frame) -> None:
+                self._answers.wait()
+                send(frame)
+
+            link.send = send_when_allowed  # type: ignore[method-assign]
         return link
 
 
@@ -91,6 +114,19 @@ class _Recording:
 def reader(tmp_path_factory: pytest.TempPathFactory) -> CheckpointReader:
     directory = tmp_path_factory.mktemp("model")
     return CheckpointReader(write_random_checkpoint(directory / "m", tiny_config()))
+
+
+BOTH = {layer: [(0, 1)] * EXPERTS for layer in (LAYER, 2)}
+"""Every expert on both shards."""
+
+
+@pytest.fixture(params=["shared_memory", "tcp"])
+def twins(request: pytest.FixtureRequest, reader: CheckpointReader) -> Iterator[Shards]:
+    """Two shards that hold all experts each."""
+    shards = Shards(reader, torch.float32, request.param, BOTH)
+    yield shards
+    for shard in range(2):
+        shards.end(shard)
 
 
 @pytest.fixture(params=["shared_memory", "tcp"])
@@ -108,9 +144,13 @@ def work(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def local_rows(reader: CheckpointReader, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    store = ExpertStore(reader, {LAYER: range(EXPERTS)}, hidden.dtype)
+    return rows_of(reader, LAYER, hidden, ids)
+
+
+def rows_of(reader: CheckpointReader, layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    store = ExpertStore(reader, {layer: range(EXPERTS)}, hidden.dtype)
     backend = LocalExperts(store)
-    return backend.combine(backend.dispatch(LAYER, hidden, ids))
+    return backend.combine(backend.dispatch(layer, hidden, ids))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 400])
@@ -154,12 +194,14 @@ def test_frames_of_a_lost_shard_are_sent_to_its_next_process(shards: Shards, rea
 
 def test_a_shard_that_has_not_loaded_yet_is_asked_again(shards: Shards, reader: CheckpointReader) -> None:
     shards.end(1)
-    service = shards.start(1, loaded=False)
+    store = shards.start(1, loaded=False)
     shards.publish()
 
     def news() -> None:
-        if not service.loaded:
-            service.hold(shards.store(1))
+        if not store.held:
+            for layer, experts in shards.experts_of(1).items():
+                for expert in experts:
+                    store.load(layer, expert)
             shards.publish()
 
     backend = shards.backend(ask_for_news=news)
@@ -181,7 +223,84 @@ def test_a_wait_for_experts_is_given_up_when_a_request_ends(shards: Shards, read
     assert torch.equal(rows, local_rows(reader, hidden, ids))
 
 
+def test_replicas_share_the_work_and_give_the_same_bits(twins: Shards, reader: CheckpointReader) -> None:
+    backend = twins.backend()
+    hidden, ids = work(9)
+    assert torch.equal(backend.combine(backend.dispatch(LAYER, hidden, ids)), local_rows(reader, hidden, ids))
+    assert backend.num_frames == 2
+    backend.close()
+
+
+def test_frames_of_a_lost_shard_go_to_the_replica_without_a_word_from_the_router(
+    twins: Shards, reader: CheckpointReader
+) -> None:
+    backend = twins.backend()
+    hidden, ids = work(9)
+    backend.combine(backend.dispatch(LAYER, hidden, ids))
+    ticket = backend.dispatch(LAYER, hidden, ids)
+    twins.end(1)
+    assert torch.equal(backend.combine(ticket), local_rows(reader, hidden, ids))
+    assert backend.lost_shards() == {1: 1}
+    frames = backend.num_frames
+    assert torch.equal(backend.combine(backend.dispatch(2, hidden, ids)), rows_of(reader, 2, hidden, ids))
+    assert backend.num_frames == frames + 1, "the lost shard is not asked again"
+    backend.close()
+
+
+def test_a_lost_shard_is_asked_again_once_it_can_be_reached(twins: Shards, reader: CheckpointReader) -> None:
+    backend = twins.backend()
+    hidden, ids = work(9)
+    backend.combine(backend.dispatch(LAYER, hidden, ids))
+    twins.end(1)
+    backend.combine(backend.dispatch(LAYER, hidden, ids))
+    twins.start(1)
+    twins.publish()
+    deadline = time.monotonic() + 10
+    while backend.lost_shards():
+        assert time.monotonic() < deadline, "nobody looked for the new process"
+        assert torch.equal(backend.combine(backend.dispatch(LAYER, hidden, ids)), local_rows(reader, hidden, ids))
+    frames = backend.num_frames
+    backend.combine(backend.dispatch(LAYER, hidden, ids))
+    assert backend.num_frames == frames + 2
+    backend.close()
+
+
+def test_an_overdue_call_goes_to_the_replica_and_its_late_answer_is_dropped(
+    twins: Shards, reader: CheckpointReader
+) -> None:
+    backend = twins.backend(hedge_after_seconds=0.05)
+    hidden, ids = work(9)
+    twins.answers[1].clear()
+    assert torch.equal(backend.combine(backend.dispatch(LAYER, hidden, ids)), local_rows(reader, hidden, ids))
+    assert backend.num_frames_hedged == 1
+    frames = backend.num_frames
+    other, other_ids = work(9, seed=1)
+    assert torch.equal(backend.combine(backend.dispatch(LAYER, other, other_ids)), local_rows(reader, other, other_ids))
+    assert backend.num_frames == frames + 1, "a suspect is left alone"
+    twins.answers[1].set()
+    deadline, frames = time.monotonic() + 10, 0
+    while frames < 2:  # heard again, it is asked again
+        assert time.monotonic() < deadline
+        before = backend.num_frames
+        rows = backend.combine(backend.dispatch(LAYER, other, other_ids))
+        assert torch.equal(rows, local_rows(reader, other, other_ids))
+        frames = backend.num_frames - before
+    backend.close()
+
+
+def test_a_slow_shard_without_a_replica_is_waited_for(shards: Shards, reader: CheckpointReader) -> None:
+    backend = shards.backend(hedge_after_seconds=0.05)
+    hidden, ids = work(6)
+    shards.answers[1].clear()
+    ticket = backend.dispatch(LAYER, hidden, ids)
+    threading.Timer(0.3, shards.answers[1].set).start()
+    assert torch.equal(backend.combine(ticket), local_rows(reader, hidden, ids))
+    assert backend.num_frames_hedged == 0
+    assert backend.num_frames_resent == 0
+    backend.close()
+
+
 def test_an_older_table_does_not_replace_a_newer_one(shards: Shards) -> None:
     newest = shards.directory.version
-    shards.directory.update(RoutingTable(0, 99, OWNERS), {})
+    shards.directory.update(RoutingTable(0, 99, PLACEMENT), {})
     assert shards.directory.version == newest

@@ -6,16 +6,31 @@ from typing import Any
 
 import pytest
 
-from deepseek_ray.control.membership import GRACE_SECONDS, SUSPECT_SECONDS, MemberReport, Membership
+from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.control.membership import (
+    GRACE_SECONDS,
+    HEARING_SECONDS,
+    SUSPECT_SECONDS,
+    Directive,
+    MemberReport,
+    Membership,
+)
+from deepseek_ray.control.plan import add_shards, add_workers, drain_shard, drain_worker, initial_plan, with_placement
 from deepseek_ray.links.base import Endpoints
 
+HELD = {0: {1: [0, 1], 2: [0, 1]}, 1: {1: [2, 3], 2: [2, 3]}}
+"""Contiguous: what each of two shards holds of four experts in the layers 1 and 2."""
 
-def membership(generation: int = 3) -> Membership:
-    return Membership(generation, moe_layers=(1, 2), num_experts=4, num_shards=2, num_workers=1)
+
+def membership(generation: int = 3, **config: Any) -> Membership:
+    settings = DeploymentConfig(model_dir="m", **config)
+    return Membership(generation, initial_plan((1, 2), 4, settings), drain_seconds=30.0)
 
 
 def report(role: Any, id: int, state: Any = "ready", incarnation: int = 1, **fields: Any) -> MemberReport:
     endpoints = Endpoints(node_id="n", unix_name=f"{role}{id}", tcp_host=None, tcp_port=0, incarnation=incarnation)
+    if role == "expert_shard" and state == "ready":
+        fields.setdefault("held", HELD.get(id, {}))
     return MemberReport(
         role=role,
         id=id,
@@ -41,7 +56,7 @@ def test_shards_are_told_their_experts_and_workers_the_table() -> None:
     bring_up(state)
     directive = state.observe(report("attention_worker", 0), 0)
     assert directive.table is not None
-    assert directive.table.owners == {1: [0, 0, 1, 1], 2: [0, 0, 1, 1]}
+    assert directive.table.replicas == {1: [(0,), (0,), (1,), (1,)], 2: [(0,), (0,), (1,), (1,)]}
     assert set(directive.shards) == {0, 1}
     current = state.observe(report("attention_worker", 0, table_version=directive.table.version), 0)
     assert current.table is None
@@ -59,13 +74,13 @@ def test_a_restarted_shard_raises_the_epoch_once_it_holds_its_experts() -> None:
     bring_up(state)
     before = state.table.version
     state.observe(report("expert_shard", 1, "loading", incarnation=2), 1)
-    assert state.table.version == before
+    assert state.table.version == (before[0], before[1] + 1), "it has no address"
     assert set(state.shard_addresses()) == {0}
     state.observe(report("expert_shard", 1, "ready", incarnation=2), 2)
-    assert state.table.version == (before[0], before[1] + 1)
+    assert state.table.version == (before[0], before[1] + 2)
     assert state.shard_addresses()[1].incarnation == 2
     state.observe(report("expert_shard", 1, "ready", incarnation=2), 3)
-    assert state.table.version == (before[0], before[1] + 1)
+    assert state.table.version == (before[0], before[1] + 2)
 
 
 def test_a_process_that_was_replaced_is_told_to_exit() -> None:
@@ -124,3 +139,138 @@ def test_a_closing_deployment_sends_everyone_home() -> None:
 @pytest.mark.parametrize("generation", [1, 7])
 def test_directives_carry_the_generation(generation: int) -> None:
     assert membership(generation).observe(report("expert_shard", 0), 0).generation == generation
+
+
+def acknowledge(state: Membership, now: float, **fields: Any) -> Directive:
+    """Worker 0 reports that it has the newest table."""
+    return state.observe(report("attention_worker", 0, table_version=state.table.version, **fields), now)
+
+
+def test_an_expert_moves_make_before_break() -> None:
+    state = membership()
+    bring_up(state)
+    acknowledge(state, 0)
+    moved = {1: [(0,), (1,), (1,), (1,)], 2: state.plan.placement[2]}  # expert 1 of layer 1 from shard 0 to shard 1
+    state.replan(with_placement(state.plan, moved), 1)
+    assert state.table.replicas[1][1] == (0,), "the new shard does not hold it yet"
+    assert state.observe(report("expert_shard", 0), 1).held is None, "nothing is dropped yet"
+    assert state.observe(report("expert_shard", 1), 1).held == {1: [1, 2, 3], 2: [2, 3]}
+    state.observe(report("expert_shard", 1, held={1: [1, 2, 3], 2: [2, 3]}), 2)
+    assert state.table.replicas[1][1] == (1,)
+    assert state.observe(report("expert_shard", 0), 2).held is None, "a worker still has the old table"
+    acknowledge(state, 3)
+    assert state.observe(report("expert_shard", 0), 3).held == {1: [0], 2: [0, 1]}
+
+
+def test_a_replica_is_published_when_it_is_held_and_survives_its_twin() -> None:
+    state = membership()
+    bring_up(state)
+    twice = {1: [(0, 1), (0,), (1,), (1,)], 2: state.plan.placement[2]}
+    state.replan(with_placement(state.plan, twice), 1)
+    assert state.table.replicas[1][0] == (0,)
+    state.observe(report("expert_shard", 1, held={1: [0, 2, 3], 2: [2, 3]}), 1)
+    assert state.table.replicas[1][0] == (0, 1)
+    state.observe(report("expert_shard", 0, "loading", incarnation=2), 2)
+    assert state.table.replicas[1][0] == (1,)
+    assert state.table.replicas[1][1] == (0,), "nobody has it: it waits for the one who shall"
+
+
+def test_a_new_router_waits_for_the_shards_before_it_publishes() -> None:
+    state = membership()
+    state.observe(report("expert_shard", 0), 0.1)
+    assert state.observe(report("attention_worker", 0, table_version=(2, 9)), 0.2).table is None
+    state.observe(report("expert_shard", 1), 0.3)
+    assert state.observe(report("attention_worker", 0, table_version=(2, 9)), 0.4).table is not None
+    late = membership()
+    assert late.observe(report("attention_worker", 0), HEARING_SECONDS + 0.1).table is not None
+
+
+def test_a_standby_takes_the_place_of_a_lost_shard() -> None:
+    state = membership(standby_shards=1)
+    bring_up(state)
+    state.observe(report("expert_shard", 2), 0)
+    acknowledge(state, 0)
+    assert {row["id"]: row["state"] for row in state.status(0) if row["role"] == "expert_shard"}[2] == "standby"
+    acknowledge(state, 1, lost_shards={1: 9})
+    assert state.plan.shards == (0, 1), "that was another process"
+    acknowledge(state, 1, lost_shards={1: 1})
+    assert (state.plan.shards, state.plan.standbys) == ((0, 2), (1,))
+    assert state.observe(report("expert_shard", 2), 1).held == HELD[1]
+    state.observe(report("expert_shard", 2, held=HELD[1]), 1.1)
+    assert state.table.replicas[1] == [(0,), (0,), (2,), (2,)]
+    back = state.observe(report("expert_shard", 1, "starting", incarnation=2), 2)
+    assert back.held == {}, "its next process is the standby"
+    assert not back.exit
+
+
+def test_without_a_ready_standby_a_lost_shard_keeps_its_experts() -> None:
+    state = membership(standby_shards=1)
+    bring_up(state)
+    acknowledge(state, 1, lost_shards={1: 1})
+    assert state.plan.shards == (0, 1)
+
+
+def test_a_silent_shard_is_replaced_by_the_clock() -> None:
+    state = membership(standby_shards=1)
+    bring_up(state)
+    later = SUSPECT_SECONDS + 1
+    state.observe(report("expert_shard", 2), later)
+    state.observe(report("expert_shard", 0), later)
+    state.tick(later, in_flight=lambda worker: 0)
+    assert state.plan.shards == (0, 2)
+
+
+def test_a_leaving_worker_takes_no_requests_and_ends_when_it_has_none() -> None:
+    state = membership(attention_workers=2)
+    bring_up(state)
+    state.observe(report("attention_worker", 1), 0)
+    state.replan(drain_worker(state.plan, 0), 1)
+    assert [worker.id for worker in state.workers(1)] == [1]
+    state.tick(2, in_flight=lambda worker: 3)
+    assert not acknowledge(state, 2).exit
+    assert {row["id"]: row["state"] for row in state.status(2) if row["role"] == "attention_worker"}[0] == "draining"
+    state.tick(3, in_flight=lambda worker: 0)
+    assert acknowledge(state, 3).exit
+
+
+def test_a_leaving_worker_has_no_more_than_its_time() -> None:
+    state = membership(attention_workers=2)
+    bring_up(state)
+    state.replan(drain_worker(state.plan, 0), 1)
+    state.tick(2, in_flight=lambda worker: 3)
+    state.tick(31, in_flight=lambda worker: 3)
+    assert not acknowledge(state, 31).exit
+    state.tick(33, in_flight=lambda worker: 3)
+    assert acknowledge(state, 33).exit
+
+
+def test_a_leaving_shard_ends_when_nobody_asks_it_any_more() -> None:
+    state = membership()
+    bring_up(state)
+    acknowledge(state, 0)
+    everything = {layer: [0, 1, 2, 3] for layer in (1, 2)}
+    state.replan(drain_shard(state.plan, 1, {layer: [(0,)] * 4 for layer in (1, 2)}), 1)
+    state.tick(1, in_flight=lambda worker: 0)
+    assert not state.observe(report("expert_shard", 1), 1).exit, "its experts are nowhere else yet"
+    state.observe(report("expert_shard", 0, held=everything), 2)
+    state.tick(2, in_flight=lambda worker: 0)
+    assert not state.observe(report("expert_shard", 1), 2).exit, "a worker still has the old table"
+    acknowledge(state, 3)
+    state.tick(3, in_flight=lambda worker: 0)
+    assert state.observe(report("expert_shard", 1), 3).exit
+    assert state.ready(3)
+
+
+def test_added_members_are_expected() -> None:
+    state = membership()
+    bring_up(state)
+    state.replan(add_shards(add_workers(state.plan, 1), 1), 0)
+    assert [(row["role"], row["id"]) for row in state.status(0)] == [
+        ("attention_worker", 0),
+        ("attention_worker", 1),
+        ("expert_shard", 0),
+        ("expert_shard", 1),
+        ("expert_shard", 2),
+    ]
+    assert state.ready(0), "the new shard has no experts yet: nothing waits for it"
+    assert state.observe(report("expert_shard", 2, "starting"), 0).held == {}

@@ -1,0 +1,70 @@
+"""Brings what a shard holds to what it shall hold, beside the calls it answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from deepseek_ray.models.expert_store import ExpertStore
+
+logger = logging.getLogger(__name__)
+
+Held = Mapping[int, Sequence[int]]
+"""layer -> logical experts."""
+
+
+class ExpertLoader:
+    """Loads first and drops last, in a thread of its own; `changed` is called when it has come to rest.
+
+    What cannot be loaded is in `error`; the next `want` tries again.
+    """
+
+    def __init__(self, store: ExpertStore, changed: Callable[[], None]) -> None:
+        self._store = store
+        self._changed = changed
+        self._news = threading.Condition()
+        self._target: Held | None = None
+        self._done: Held | None = None
+        self.error: str | None = None
+        self.has_loaded = False
+        """Whether a first target was reached."""
+        threading.Thread(target=self._run, name="load experts", daemon=True).start()
+
+    def want(self, held: Held) -> None:
+        """Hold exactly these experts, soon. Called again and again with the same ones, it does nothing."""
+        with self._news:
+            if held != self._target or self.error:
+                self._target = held
+                self._news.notify()
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)  # of this thread: packing must not take the cores from the calls
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._target is not self._done)
+                target = self._target
+            assert target is not None
+            try:
+                if not self._approach(target):
+                    continue
+                self.error, self.has_loaded = None, True
+            except Exception as error:  # reported; what is held already is served on
+                logger.exception("cannot hold the assigned experts")
+                self.error = str(error)
+            self._done = target
+            self._changed()
+
+    def _approach(self, target: Held) -> bool:
+        """False when another target came in between."""
+        for layer, experts in target.items():
+            for expert in experts:
+                self._store.load(layer, expert)
+                if self._target is not target:
+                    return False
+        for layer, experts in self._store.held.items():
+            for expert in set(experts) - set(target.get(layer, ())):
+                self._store.drop(layer, expert)
+        return True

@@ -1,0 +1,119 @@
+"""What people and policies may ask of a running deployment: a plan and a wish in, the next plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_ray.control.plan import (
+    Plan,
+    Role,
+    add_shards,
+    add_workers,
+    drain_shard,
+    drain_worker,
+    require_drainable,
+    with_placement,
+)
+from deepseek_ray.errors import DeploymentError
+from deepseek_ray.expert_parallel import rebalance as placements
+from deepseek_ray.expert_parallel.replicas import ShardCapacity
+
+Loads = Mapping[int, NDArray[np.float64]]
+"""layer -> tokens of each expert lately [experts]; zeros where nothing is known."""
+
+MAX_MEMBERS = 1024
+"""Of a role, for one deployment."""
+
+
+def scale(plan: Plan, loads: Loads, workers: int | None = None, shards: int | None = None) -> Plan:
+    """As many attention workers and expert shards as asked for; None leaves a number as it is.
+
+    The youngest go first. New shards take experts from the busiest. DeploymentError for impossible numbers.
+    """
+    most_shards = min(MAX_MEMBERS, min(len(experts) for experts in plan.placement.values())) if plan.placement else 1
+    _check_number("attention workers", workers, MAX_MEMBERS)
+    _check_number("expert shards", shards, most_shards)
+    if workers is not None:
+        plan = _scale_workers(plan, workers)
+    if shards is not None:
+        plan = _scale_shards(plan, shards, loads)
+    return plan
+
+
+def drain(plan: Plan, role: str, id: int, loads: Loads) -> Plan:
+    """A member ends as soon as nothing needs it. DeploymentError: unknown, or the last of its role."""
+    if role == "attention_worker":
+        return drain_worker(plan, id)
+    if role != "expert_shard":
+        raise DeploymentError(f"cannot drain a {role!r}; drain an attention_worker or an expert_shard")
+    if id not in plan.shards:
+        return drain_shard(plan, id, plan.placement)
+    require_drainable(plan, id)
+    change = placements.drain(plan.placement, capacities(plan), id, _useful(loads))
+    return drain_shard(plan, id, change.placement)
+
+
+def rebalance(plan: Plan, loads: Loads, extra_replicas: int = 0, min_replicas: int = 1) -> Plan:
+    """Experts where they make the busiest shard less busy, with few moves; see `expert_parallel/rebalance.py`."""
+    change = placements.rebalance(
+        plan.placement,
+        capacities(plan),
+        _useful(loads),
+        extra_replicas=extra_replicas,
+        min_replicas=min_replicas,
+    )
+    return with_placement(plan, change.placement)
+
+
+def replicate(plan: Plan, layer: int, expert: int, shard: int) -> Plan:
+    """One more replica of an expert."""
+    return with_placement(plan, placements.replicate(plan.placement, capacities(plan), layer, expert, shard).placement)
+
+
+def move(plan: Plan, layer: int, expert: int, source: int, destination: int) -> Plan:
+    """A replica of an expert from one shard to another."""
+    change = placements.move(plan.placement, capacities(plan), layer, expert, source, destination)
+    return with_placement(plan, change.placement)
+
+
+def capacities(plan: Plan) -> list[ShardCapacity]:
+    """What each shard can take: all alike, and room for every expert."""
+    everything = sum(len(experts) for experts in plan.placement.values())
+    return [ShardCapacity(id, speed=1.0, slots=everything) for id in plan.shards]
+
+
+def _scale_workers(plan: Plan, count: int) -> Plan:
+    if count > len(plan.workers):
+        return add_workers(plan, count - len(plan.workers))
+    for worker in _youngest(plan.workers, len(plan.workers) - count):
+        plan = drain_worker(plan, worker)
+    return plan
+
+
+def _scale_shards(plan: Plan, count: int, loads: Loads) -> Plan:
+    if count > len(plan.shards):
+        plan = add_shards(plan, count - len(plan.shards))
+        new = [id for id in plan.shards if not any(id in shards for e in plan.placement.values() for shards in e)]
+        change = placements.spread(plan.placement, capacities(plan), new, _useful(loads))
+        return with_placement(plan, change.placement)
+    role: Role = "expert_shard"
+    for shard in _youngest(plan.shards, len(plan.shards) - count):
+        plan = drain(plan, role, shard, loads)
+    return plan
+
+
+def _youngest(ids: Sequence[int], count: int) -> list[int]:
+    return sorted(ids, reverse=True)[:count]
+
+
+def _useful(loads: Loads) -> dict[int, NDArray[np.float64]]:
+    """Loads with a little for every expert: one that was idle lately still takes room and may be asked tomorrow."""
+    return {layer: tokens + max(float(tokens.mean()) * 0.01, 1e-6) for layer, tokens in loads.items()}
+
+
+def _check_number(what: str, count: int | None, most: int) -> None:
+    if count is not None and not 1 <= count <= most:
+        raise DeploymentError(f"{count} {what}; this deployment can have 1 to {most}")

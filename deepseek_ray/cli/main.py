@@ -10,13 +10,16 @@ import typer
 
 from deepseek_ray import __version__
 from deepseek_ray.cli.batch import batch
+from deepseek_ray.cli.chaos import chaos
 from deepseek_ray.cli.chat import chat
 from deepseek_ray.cli.complete import complete
 from deepseek_ray.cli.config import config
 from deepseek_ray.cli.doctor import doctor
 from deepseek_ray.cli.evaluate import evaluate
+from deepseek_ray.cli.experts import experts
 from deepseek_ray.cli.from_config import SeveralValuesCommand
 from deepseek_ray.cli.quickstart import quickstart
+from deepseek_ray.cli.scale import drain, rebalance, scale
 from deepseek_ray.cli.serve import serve
 from deepseek_ray.cli.status import status
 from deepseek_ray.cli.tune import tune
@@ -46,9 +49,14 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(serve)
 app.command()(status)
+app.command()(scale)
+app.command()(drain)
+app.command()(rebalance)
+app.command()(experts)
 app.command()(chat)
 app.command()(complete)
 app.command()(doctor)
+app.command()(chaos)
 app.command()(tune)
 app.command(cls=SeveralValuesCommand)(evaluate)
 app.command(cls=SeveralValuesCommand)(batch)

@@ -38,6 +38,9 @@ def serve(
     expert_shards: Annotated[int, typer.Option(help="Processes that share the routed experts.")] = _default(
         "expert_shards"
     ),
+    standby_shards: Annotated[
+        int, typer.Option(help="Processes that wait to take the place of an expert shard that is lost.")
+    ] = _default("standby_shards"),
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _default("dtype"),
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
@@ -94,6 +97,7 @@ def serve(
             "dtype": dtype,
             "attention_workers": attention_workers,
             "expert_shards": expert_shards,
+            "standby_shards": standby_shards,
             "threads": threads,
             "engine": EngineConfig.parse({"max_model_len": max_model_len, "kv_cache_bytes": kv_cache_bytes}, "serve"),
         },

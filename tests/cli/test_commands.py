@@ -19,7 +19,20 @@ from fakes import BYTE_EOS, write_byte_tokenizer
 from deepseek_ray.cli.main import main
 from deepseek_ray.errors import OverloadedError, UnavailableError
 
-COMMANDS = ["serve", "status", "chat", "complete", "doctor"]
+COMMANDS = [
+    "serve",
+    "status",
+    "scale",
+    "drain",
+    "rebalance",
+    "experts",
+    "chat",
+    "complete",
+    "doctor",
+    "tune",
+    "evaluate",
+    "batch",
+]
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,17 @@ def test_serve_finds_a_used_port_before_anything_starts(model_dir: Path, tmp_pat
 def test_status_without_a_server(tmp_path: Path) -> None:
     refused(run("status", XDG_RUNTIME_DIR=str(tmp_path)), "no server of any deployment runs here", "--address")
     refused(run("status", "--name", "x", XDG_RUNTIME_DIR=str(tmp_path)), "'x'", "running: none")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["scale", "--expert-shards", "3"], ["drain", "expert_shard", "1"], ["rebalance"], ["experts"]]
+)
+def test_changes_without_a_server(tmp_path: Path, arguments: list[str]) -> None:
+    refused(run(*arguments, XDG_RUNTIME_DIR=str(tmp_path)), "no server of any deployment runs here", "--address")
+
+
+def test_scale_wants_a_number(tmp_path: Path) -> None:
+    refused(run("scale", XDG_RUNTIME_DIR=str(tmp_path)), "give --expert-shards", status=2)
 
 
 def test_complete_over_http_streams_what_the_model_says(server: RunningApi) -> None:

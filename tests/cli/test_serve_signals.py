@@ -33,7 +33,7 @@ class FakeServer:
         command._say("stopped")
 
 command._CHECK_SECONDS = 0.05
-def run():
+def run(arguments, prog_name):
     command._run(FakeServer(), 30.0, sys.stdout)
 import deepseek_ray.cli.main as cli
 cli.app = run

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_ray.cli.main import main
 from deepseek_ray.cli.tune import load_space
 from deepseek_ray.errors import ConfigError
 
@@ -36,18 +37,28 @@ def test_a_space_that_is_not_there(reference: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "message"),
+    ("arguments", "message"),
     [
-        (["-m", "deepseek_ray.cli.main", "tune"], ["--max-parameters", "5"], "--max-parameters is for --architecture"),
-        (["-m", "deepseek_ray.cli.main", "tune"], ["--scheduler", "pbt"], "cannot change in mid-run"),
-        (["jobs/tune.py"], ["--tokens", "3"], "budget_tokens is 3, below the 1,024 tokens of one optimiser step"),
+        (["--max-parameters", "5"], "--max-parameters is for --architecture"),
+        (["--scheduler", "pbt"], "cannot change in mid-run"),
     ],
 )
-def test_mistakes_are_one_line(command: list[str], arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", str(ROOT / "configs" / "tiny.yaml"), "--storage", str(tmp_path), *arguments])
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_mistake_is_one_line_of_the_job_too(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, *command, "configs/tiny.yaml", "--storage", str(tmp_path), *arguments],
+        [sys.executable, "jobs/tune.py", "configs/tiny.yaml", "--storage", str(tmp_path), "--tokens", "3"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
-    assert message in done.stderr
+    assert "budget_tokens is 3, below the 1,024 tokens of one optimiser step" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -69,20 +70,35 @@ def test_tune_measure_and_generate(trained_model: Path, tmp_path: Path) -> None:
         0, f"2 files in {tmp_path / 'answers'}, 2 of them were there before")  # fmt: skip
 
 
+def test_a_mistake_is_told_in_one_line() -> None:
+    done = job("finetune", "--config", "configs/finetune/full.yaml", "--set", "base_model=/no/such")
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "is no directory")
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("finetune", ["--config", "configs/finetune/full.yaml", "--set", "base_model=/no/such"], "is no directory"),
         ("evaluate", ["{model}", "--data", "/no/such.txt"], "no such file or folder"),
         ("batch_inference", ["--model-dir", "{model}", "--input", "/no.txt", "--output", "{tmp}"], "no such file"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
-    trained_model: Path, tmp_path: Path, name: str, arguments: list[str], message: str
-) -> None:
+def test_other_jobs_tell_theirs(
+    trained_model: Path, tmp_path: Path, name: str, arguments: list[str], message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In this process, which has loaded what a process of their own would load first."""
     places = {"{model}": str(trained_model), "{tmp}": str(tmp_path / "out")}
-    done = job(name, *(places.get(argument, argument) for argument in arguments))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: "), done.stderr
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    file = REPOSITORY / "jobs" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(file), *(places.get(argument, argument) for argument in arguments)])
+    monkeypatch.syspath_prepend(file.parent)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    assert ended.value.code == 1
+    assert_one_line(capsys.readouterr().err, message)
+
+
+def assert_one_line(errors: str, message: str) -> None:
+    assert errors.startswith("error: "), errors
+    assert message in errors
+    assert len(errors.splitlines()) == 1

@@ -120,6 +120,11 @@ class FinetuneConfig(PretrainConfig):
                 f"model.{changed[0]} is {own[changed[0]]!r}, but that of base_model is {base[changed[0]]!r}; leave the "
                 "model section out: it is read from the checkpoint"
             )
+        if self.lora is not None and self.lora.lora_dropout > 0 and self.distributed.strategy == "tensor":
+            raise ConfigError(
+                f"lora.lora_dropout is {self.lora.lora_dropout} with strategy 'tensor', whose workers must compute "
+                "equal hidden states and would each drop other inputs; set it to 0, or distributed.strategy to fsdp"
+            )
         if self.lora is not None and self.balance.bias_update_speed > 0:
             raise ConfigError(
                 f"balance.bias_update_speed is {self.balance.bias_update_speed} together with lora; adapters leave the "

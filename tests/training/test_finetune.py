@@ -171,6 +171,10 @@ def test_resuming_as_something_else_is_refused(
         ),
         ({"lora": {"target_modules": []}}, "name at least one kind of matrix"),
         ({"lora": {}, "balance": {"bias_update_speed": 0.1}}, "adapters leave the gate as it is"),
+        (
+            {"lora": {"lora_dropout": 0.1}, "distributed": {"strategy": "tensor", "tensor_parallel_size": 2}},
+            "lora.lora_dropout is 0.1 with strategy 'tensor', .*; set it to 0, or distributed.strategy to fsdp",
+        ),
         ({"data": {"vocab_size": 900}}, "data.vocab_size is 900, which has no meaning for conversations"),
         ({"data": {"sequence_length": 1000}}, "above max_position_embeddings 512 of base_model"),
     ],

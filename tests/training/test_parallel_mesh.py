@@ -48,6 +48,10 @@ def divided(strategy: str, data: int = 1, distributed: dict[str, Any] | None = N
     return strategy_config(strategy, 1, distributed=sizes, **sections)
 
 
+def checkpoint(directory: Path, run: str, step: int) -> Path:
+    return directory / run / "checkpoints" / f"step-{step:08d}"
+
+
 def over_two(strategy: str) -> dict[str, Any]:
     """Any strategy over two workers, with checkpoints to go on from."""
     if strategy in DIVISIONS:
@@ -99,12 +103,18 @@ def resumed(name: str, source: str, *parts: dict[str, Any], stop: int | None = N
 @pytest.fixture(scope="module")
 def one(directory: Path) -> Answers:
     """One process: the runs that all others are compared with."""
-    short = [Run("ddp-bf16", strategy_config("ddp", 1, training=BF16))]
-    base_model = directory / "one" / "checkpoints" / "step-00000020"
-    short += [Run("ddp-lora", lora_config(strategy_config("ddp", 1, training=ADAPTED), base_model))]
-    return launched(
-        directory, 1, [Run("one", strategy_config("ddp", 1, training=KEEPING)), *short, *one_step_runs(["ddp"])]
-    )
+    runs = [
+        Run("one", strategy_config("ddp", 1, training=KEEPING)),
+        Run("ddp-bf16", strategy_config("ddp", 1, training=BF16)),
+        *one_step_runs(["ddp"]),
+        Run("ddp-lora", adapted(directory, strategy_config("ddp", 1, training=ADAPTED))),
+    ]
+    return launched(directory, 1, runs)
+
+
+def adapted(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Adapters of the model that has all kinds of matrices, with biases."""
+    return lora_config(config, checkpoint(directory, "ddp-other", 1))
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +126,7 @@ def two(directory: Path, one: Answers) -> Answers:
     for strategy in DIVISIONS:
         runs += resumed(f"grown-{strategy}", "one", over_two(strategy), stop=15)
         runs += [Run(f"{strategy}-bf16", divided(strategy, training=BF16))]
-        runs += [
-            Run(f"{strategy}-lora", lora_config(divided(strategy, training=ADAPTED), checkpoint(directory, "one", 20)))
-        ]
+        runs += [Run(f"{strategy}-lora", adapted(directory, divided(strategy, training=ADAPTED)))]
     return launched(directory, 2, [*runs, *one_step_runs(list(DIVISIONS))])
 
 
@@ -135,11 +143,6 @@ def alone_again(directory: Path, two: Answers, four: Answers) -> Answers:
     alone = strategy_config("ddp", 1, training=KEEPING)
     runs = [resumed(f"shrunk-{source}", source, alone, stop=15) for source in (*DIVISIONS, "product")]
     return launched(directory, 1, [run for parts in runs for run in parts])
-
-
-def checkpoint(directory: Path, run: str, step: int) -> Path:
-    (found,) = (directory / run / "checkpoints").glob(f"*{step}")
-    return found
 
 
 def assert_same_curve(directory: Path, run: str, reference: str = "one", steps: int = 20) -> None:
@@ -218,7 +221,7 @@ def test_bf16_stays_near_one_processes_bf16(directory: Path, one: Answers, two: 
 
 @pytest.mark.parametrize("strategy", DIVISIONS)
 def test_adapters_are_those_of_one_process(directory: Path, one: Answers, two: Answers, strategy: str) -> None:
-    """Of every matrix: attention, dense, shared and routed experts; cut by rows and by columns."""
+    """Of every matrix: attention, dense, shared and routed experts; cut by rows and by columns, with biases."""
     assert_same_curve(directory, f"{strategy}-lora", "ddp-lora", ADAPTED["steps"])
     assert_same_export(directory, f"{strategy}-lora", "ddp-lora", ADAPTED["steps"])
     wanted, found = (

@@ -76,6 +76,14 @@ class GenerationError(DeepSeekRayError):
     """One request cannot go on (non-finite logits, no token left to choose); others are not affected."""
 
 
+class ExpertsCrashedError(DeepSeekRayError):
+    """Computing one token has crashed the process that computes its experts, twice. `row` is its place in the batch."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 class UnavailableError(DeepSeekRayError):
     """Nothing can serve this request now (deployment starting, draining or gone)."""
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from deepseek_ray.actors.expert_frames import call_frame, read_reply
+from deepseek_ray.actors.expert_frames import RELOAD, call_frame, read_reply
 from deepseek_ray.actors.expert_meter import ExpertMeter
 from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.actors.shard_links import ShardLinks
 from deepseek_ray.control.membership import ShardAddress
 from deepseek_ray.control.patience import Patience
-from deepseek_ray.errors import LinkError, UnavailableError
+from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError, LinkError, UnavailableError
 from deepseek_ray.expert_parallel.dispatch import ShardCall, plan_calls
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.frame import Frame, FrameKind
@@ -45,8 +47,13 @@ class _Pending:
 
     call: ShardCall
     attempt: int
+    flags: int = 0
     link: Link | None = None
     sent: float = 0.0
+    crashed: bool = False
+    """The process it was sent to has died over it, or beside it."""
+    alone: bool = False
+    """One token of a call that has crashed, sent when no other is out: if it crashes too, the token is the reason."""
 
 
 @dataclass
@@ -62,6 +69,12 @@ class _Ticket:
     """By sequence number."""
     refused: set[int] = field(default_factory=set)
     """Shards that said they do not hold what they were asked for."""
+    suspicious: deque[Tensor] = field(default_factory=deque)
+    """Places of single tokens whose call has crashed a shard: they are sent one after the other."""
+
+    @property
+    def is_done(self) -> bool:
+        return not self.pending and not self.suspicious
 
 
 class RemoteExperts(ExpertBackend):
@@ -88,6 +101,8 @@ class RemoteExperts(ExpertBackend):
         self.num_frames_resent = 0
         self.num_frames_hedged = 0
         """Of those sent again: because an answer was overdue."""
+        self.num_experts_wrong = 0
+        """Times that an expert gave values that are not finite from finite ones."""
 
     def lost_shards(self) -> dict[int, int]:
         """Shard -> incarnation of the process that cannot be reached."""
@@ -105,14 +120,16 @@ class RemoteExperts(ExpertBackend):
         return ticket
 
     def combine(self, ticket: _Ticket) -> Tensor:
-        """Raises StepInterruptedError when experts are away and a request of the batch ended meanwhile."""
+        """Raises StepInterruptedError when experts are away and a request of the batch ended meanwhile, and
+        ExpertsCrashedError when a token has crashed shards twice."""
         started = time.monotonic()
-        while ticket.pending:
+        while not ticket.is_done:
+            self._send_suspicious(ticket)
             if any(pending.link is None for pending in ticket.pending.values()):
                 self._send_again(ticket)
             self._collect(ticket)
             self._hedge(ticket)
-            if ticket.pending and time.monotonic() - started > _PATIENCE_SECONDS and self._interrupted():
+            if not ticket.is_done and time.monotonic() - started > _PATIENCE_SECONDS and self._interrupted():
                 raise StepInterruptedError("a request of this batch ended while experts were away; run the step again")
         self.meter.combined(time.monotonic() - started)
         tokens, top_k = ticket.expert_ids.shape
@@ -136,6 +153,7 @@ class RemoteExperts(ExpertBackend):
             pending.attempt,
             self._incarnation,
             self._directory.version,
+            pending.flags,
         )
         try:
             link.send(frame)
@@ -157,9 +175,21 @@ class RemoteExperts(ExpertBackend):
 
     def _plan_again(self, ticket: _Ticket, sequence: int) -> None:
         pending = ticket.pending.pop(sequence)
+        if pending.crashed:
+            tokens = pending.call.places // ticket.expert_ids.shape[1]
+            ticket.suspicious.extend(pending.call.places[tokens == token] for token in tokens.unique())
+            return
+        self._plan(ticket, pending.call.places, pending.attempt + 1, alone=pending.alone)
+
+    def _plan(self, ticket: _Ticket, places: Tensor, attempt: int, alone: bool = False) -> None:
         shards = self._directory.routes(ticket.layer).choose(ticket.counts, self._links.avoided | ticket.refused)
-        for call in plan_calls(ticket.expert_ids, shards, pending.call.places):
-            self._send(ticket, _Pending(call, pending.attempt + 1))
+        for call in plan_calls(ticket.expert_ids, shards, places):
+            self._send(ticket, _Pending(call, attempt, alone=alone))
+
+    def _send_suspicious(self, ticket: _Ticket) -> None:
+        """The next token of a call that has crashed a shard, when nothing else is out."""
+        if ticket.suspicious and not ticket.pending:
+            self._plan(ticket, ticket.suspicious.popleft(), attempt=1, alone=True)
 
     def _hedge(self, ticket: _Ticket) -> None:
         """A call that is overdue goes elsewhere if others have all of its experts; its own answer is then dropped."""
@@ -175,8 +205,12 @@ class RemoteExperts(ExpertBackend):
 
     def _collect(self, ticket: _Ticket) -> None:
         """Take the answers that are there; wait a moment for the first. Late ones of other calls are read as well."""
+        links = self._links.open
+        for pending in ticket.pending.values():
+            if pending.link not in links:  # given up for a newer process
+                pending.link = None
         unsent = any(pending.link is None for pending in ticket.pending.values())
-        by_fileno = {link.fileno(): (link, shard) for link, shard in self._links.open.items()}
+        by_fileno = {link.fileno(): (link, shard) for link, shard in links.items()}
         poller = select.poll()
         for fileno in by_fileno:
             poller.register(fileno, select.POLLIN)
@@ -195,9 +229,13 @@ class RemoteExperts(ExpertBackend):
             if pending is None or frame.incarnation != self._incarnation:
                 return  # a late answer to a call that was sent again, or to a step that was given up
             if frame.kind is FrameKind.EXPERT_REPLY:
-                ticket.rows[pending.call.places] = read_reply(frame, ticket.hidden.shape[1])
-                self._patience.answered(time.monotonic() - pending.sent)
                 del ticket.pending[frame.sequence]
+                rows = read_reply(frame, ticket.hidden.shape[1])
+                self._patience.answered(time.monotonic() - pending.sent)
+                if self._has_gone_wrong(ticket, pending, rows):
+                    self._send(ticket, _Pending(pending.call, pending.attempt + 1, RELOAD, alone=pending.alone))
+                else:
+                    ticket.rows[pending.call.places] = rows
             elif frame.kind is FrameKind.STALE:
                 ticket.refused.add(pending.call.shard)
                 pending.link = None  # goes to another one, or waits until the router has told where the experts are
@@ -205,9 +243,36 @@ class RemoteExperts(ExpertBackend):
                 sentence = bytes(frame.payload).decode(errors="replace")
                 raise UnavailableError(f"expert shard {pending.call.shard} failed: {sentence}")
 
+    def _has_gone_wrong(self, ticket: _Ticket, pending: _Pending, rows: Tensor) -> bool:
+        """Whether finite inputs gave rows [P, H] that are not: the weights in the shard's memory are to be read anew.
+
+        If the rows are the same after that, the model gives them; the requests they belong to end with an error.
+        """
+        if pending.flags & RELOAD or rows.sum(dtype=torch.float32).isfinite() or rows.isfinite().all():
+            return False
+        if not ticket.hidden[pending.call.token_rows].isfinite().all():
+            return False
+        wrong = pending.call.pair_experts[~rows.isfinite().all(dim=1)].unique().tolist()
+        logger.error(
+            "experts %s of layer %d on shard %d gave values that are not finite; they are read anew",
+            wrong,
+            ticket.layer,
+            pending.call.shard,
+        )
+        self.num_experts_wrong += len(wrong)
+        return True
+
     def _drop(self, ticket: _Ticket, shard: int, error: Exception) -> None:
         """Give a link up; what was sent over it and not answered goes elsewhere, or waits."""
         link = self._links.drop(shard, error)
         for pending in ticket.pending.values():
-            if link is not None and pending.link is link:
-                pending.link = None
+            if link is None or pending.link is not link:
+                continue
+            if pending.alone and isinstance(error, LinkClosedError):
+                row = int(pending.call.token_rows[0])
+                raise ExpertsCrashedError(
+                    f"computing one of its tokens in layer {ticket.layer} has crashed the process of its experts "
+                    f"twice, last shard {shard}'s",
+                    row,
+                )
+            pending.link, pending.crashed = None, isinstance(error, LinkClosedError)

@@ -14,6 +14,9 @@ from deepseek_ray.errors import LinkError
 from deepseek_ray.expert_parallel.dispatch import ShardCall
 from deepseek_ray.links.frame import DtypeCode, Frame, FrameKind
 
+RELOAD = 1
+"""Flag of a call: the last answer was not finite, so the shard reads the experts anew before it computes."""
+
 _CODES = {torch.float32: DtypeCode.FLOAT32, torch.bfloat16: DtypeCode.BFLOAT16}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _INDEX_BYTES = 4
@@ -38,6 +41,7 @@ def call_frame(
     attempt: int,
     incarnation: int,
     table_version: tuple[int, int],
+    flags: int = 0,
 ) -> Frame:
     """hidden [T, H] is the whole layer's input; the rows the shard needs are picked here."""
     generation, epoch = table_version
@@ -45,6 +49,7 @@ def call_frame(
     return Frame(
         FrameKind.EXPERT_CALL,
         [_bytes(call.pair_rows), _bytes(call.pair_experts), _bytes(rows)],
+        flags=flags,
         incarnation=incarnation,
         generation=generation,
         epoch=epoch,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from deepseek_ray.actors.expert_frames import answer, read_call, reply_frame
+from deepseek_ray.actors.expert_frames import RELOAD, answer, read_call, reply_frame
 from deepseek_ray.errors import LinkClosedError, LinkError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import Listener
@@ -30,6 +30,8 @@ class ExpertService:
         self._computing = threading.Lock()
         self.num_calls = 0
         self.num_pairs = 0
+        self.num_reloaded = 0
+        """Experts whose weights in memory were found wrong."""
         self.compute_seconds = 0.0
 
     def start(self) -> None:
@@ -63,6 +65,13 @@ class ExpertService:
         if frame.kind is not FrameKind.EXPERT_CALL:
             raise LinkError(f"an expert shard got a {frame.kind.name} frame; it takes EXPERT_CALL and PING")
         content = read_call(frame, self._hidden_size)
+        if frame.flags & RELOAD:
+            for expert in set(content.pair_experts.tolist()):
+                logger.error(
+                    "expert %d of layer %d gave values that are not finite; reading it anew", expert, frame.layer
+                )
+                self._store.reload(frame.layer, expert)
+                self.num_reloaded += 1
         with self._computing, torch.inference_mode():
             started = time.monotonic()
             rows = self._store.run(frame.layer, content.hidden, content.pair_rows, content.pair_experts)

@@ -19,11 +19,17 @@ from deepseek_ray.engine.grammar import Grammars
 from deepseek_ray.engine.kv_blocks import CachePlan, KVBlocks, plan_cache
 from deepseek_ray.engine.requests import check_needs_no_tokenizer, check_request, max_output_tokens, sampling_seed
 from deepseek_ray.engine.runner import Decoder, DecoderShape, Runner
-from deepseek_ray.engine.scheduler import ScheduledSequence, Scheduler
+from deepseek_ray.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
 from deepseek_ray.engine.stats import EngineStats
 from deepseek_ray.engine.stop import Finish, OutputState
 from deepseek_ray.engine.tokenizer import Detokenizer, Tokenizer
-from deepseek_ray.errors import DeadlineExceededError, OverloadedError, RequestError
+from deepseek_ray.errors import (
+    DeadlineExceededError,
+    ExpertsCrashedError,
+    GenerationError,
+    OverloadedError,
+    RequestError,
+)
 from deepseek_ray.messages import GenerateRequest, TokenEvent
 from deepseek_ray.nn.paged import LatentCache
 
@@ -138,7 +144,10 @@ class Engine:
         started = self._clock()
         for item in step.items:
             self._generations[item.sequence.request.request_id].timeline.schedule(started)
-        logits = self._runner.run(step)
+        try:
+            logits = self._runner.run(step)
+        except ExpertsCrashedError as error:
+            return [self._end_crashed(step, error)]
         self._scheduler.advance(step)
         events = []
         row = 0
@@ -198,6 +207,20 @@ class Engine:
                     f"{generation.sequence.num_output_tokens} tokens of output; allow more time or fewer tokens"
                 )
                 self._ended.append(generation.end(Finish("error"), error))
+
+    def _end_crashed(self, step: ScheduledStep, error: ExpertsCrashedError) -> TokenEvent:
+        """End the request whose token crashes its experts; the others' step is repeated without it."""
+        row = error.row
+        for item in step.items:
+            if row < item.num_tokens:
+                break
+            row -= item.num_tokens
+        generation = self._generations[item.sequence.request.request_id]
+        logger.error("request %s is quarantined: %s", generation.request.request_id, error)
+        self._remove(generation)
+        return generation.end(
+            Finish("error"), GenerationError(f"the request was stopped: {error.message}; do not send it again as it is")
+        )
 
     def _take(self, generation: Generation, item: ScheduledSequence, logits: NDArray[np.float32]) -> TokenEvent | None:
         """Hand a generation its rows of logits; its event, None while its prompt is not computed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,8 @@ class ExpertStore:
     """Packed weights of some experts, and the pure function of (weights, activations) that they are.
 
     `held` maps a layer to the logical experts kept for it; only their tensors are read from the checkpoint. Experts
-    come and go one at a time (`load`, `drop`), by one thread, while others call `run`: a call computes with the experts
-    that were there when it began.
+    come and go one at a time (`load`, `drop`, `reload`) while other threads call `run`: a call computes with those that
+    were there when it began.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ExpertStore:
         self._reader = reader
         self._dtype = dtype
         self._layers: dict[int, dict[int, _Expert]] = {}
+        self._changing = threading.Lock()
         for layer, experts in held.items():
             for expert in experts:
                 self.load(layer, expert)
@@ -56,19 +58,30 @@ class ExpertStore:
 
     def load(self, layer: int, expert: int) -> None:
         """Read and pack one expert; harmless when it is here. CheckpointError when its tensors are not usable."""
+        if not self.holds(layer, expert):
+            self._put(layer, expert, self._read(layer, expert))
+
+    def reload(self, layer: int, expert: int) -> None:
+        """Read and pack one expert anew, if it is here: its weights in memory are not to be trusted."""
         if self.holds(layer, expert):
-            return
+            self._put(layer, expert, self._read(layer, expert))
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Forget one expert; its memory is free when the last call that uses it has ended."""
+        with self._changing:
+            self._layers[layer] = {id: packed for id, packed in self._layers[layer].items() if id != expert}
+
+    def _read(self, layer: int, expert: int) -> _Expert:
         prefix = f"model.layers.{layer}.mlp.experts.{expert}"
         gate, up, down = (
             self._reader.tensor(f"{prefix}.{part}_proj.weight", self._dtype) for part in ("gate", "up", "down")
         )
-        packed = _Expert(self.kernels.pack([torch.cat([gate, up])]), self.kernels.pack([down]))
-        # A new dictionary each time: whoever computes keeps the one it looked up.
-        self._layers[layer] = {**self._layers.get(layer, {}), expert: packed}
+        return _Expert(self.kernels.pack([torch.cat([gate, up])]), self.kernels.pack([down]))
 
-    def drop(self, layer: int, expert: int) -> None:
-        """Forget one expert; its memory is free when the last call that uses it has ended."""
-        self._layers[layer] = {id: packed for id, packed in self._layers[layer].items() if id != expert}
+    def _put(self, layer: int, expert: int, packed: _Expert) -> None:
+        """In a new dictionary each time: whoever computes keeps the one it looked up."""
+        with self._changing:
+            self._layers[layer] = {**self._layers.get(layer, {}), expert: packed}
 
     def weights_of(self, layer: int, expert: int) -> Tensor:
         """The packed down projection of one expert, a view: whoever writes to it changes the expert."""

@@ -13,6 +13,7 @@ from deepseek_ray.actors.expert_client import RemoteExperts, StepInterruptedErro
 from deepseek_ray.actors.expert_service import ExpertService
 from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.control.membership import ShardAddress
+from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError
 from deepseek_ray.expert_parallel.placement import Placement, contiguous_placement, experts_of_shard
 from deepseek_ray.expert_parallel.table import RoutingTable
 from deepseek_ray.links.base import Link, Transport
@@ -37,9 +38,14 @@ class Shards:
         dtype: torch.dtype,
         transport: Transport,
         placement: Placement = PLACEMENT,
+        poison: float | None = None,
     ) -> None:
+        """`poison`: a value in the input that ends the shard that computes with it."""
         self._reader, self._dtype, self._transport = reader, dtype, transport
         self.placement = placement
+        self.stores: dict[int, ExpertStore] = {}
+        self.crashed: Callable[[int], None] = lambda shard: None
+        self._poison = poison
         self._listeners: dict[int, Listener] = {}
         self._links: dict[int, list[Link]] = {0: [], 1: []}
         self.incarnation = {0: 0, 1: 0}
@@ -57,9 +63,29 @@ class Shards:
         self._listeners[shard] = listen("node", "127.0.0.1", "d", SECRET, self._transport, self.incarnation[shard])
         self.answers[shard].set()
         store = ExpertStore(self._reader, self.experts_of(shard) if loaded else {}, self._dtype)
+        self.stores[shard] = store
+        if self._poison is not None:
+            self._add_poison(shard, store)
         listener = _Recording(self._listeners[shard], self._links[shard], self.answers[shard])
         ExpertService(listener, store, HIDDEN).start()
         return store
+
+    def _add_poison(self, shard: int, store: ExpertStore) -> None:
+        run = store.run
+
+        def run_or_crash(layer: int, hidden: torch.Tensor, *pairs: torch.Tensor) -> torch.Tensor | None:
+            if hidden.eq(self._poison).any():
+                self.crashed(shard)
+                raise LinkClosedError("the process has crashed")
+            return run(layer, hidden, *pairs)
+
+        store.run = run_or_crash  # type: ignore[method-assign]
+
+    def restart(self, shard: int) -> None:
+        """The process ends, and the next one is published."""
+        self.end(shard)
+        self.start(shard)
+        self.publish()
 
     def experts_of(self, shard: int) -> dict[int, list[int]]:
         return experts_of_shard(self.placement, shard)
@@ -297,6 +323,76 @@ def test_a_slow_shard_without_a_replica_is_waited_for(shards: Shards, reader: Ch
     assert torch.equal(backend.combine(ticket), local_rows(reader, hidden, ids))
     assert backend.num_frames_hedged == 0
     assert backend.num_frames_resent == 0
+    backend.close()
+
+
+@pytest.mark.parametrize("placement", [PLACEMENT, BOTH], ids=["one replica", "two replicas"])
+def test_an_expert_whose_weights_went_bad_is_named_and_read_anew(
+    reader: CheckpointReader, placement: Placement, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = Shards(reader, torch.float32, "auto", placement)
+    hidden, ids = work(9)
+    bad = int(ids[0, 0])
+    for store in shards.stores.values():
+        if store.holds(LAYER, bad):
+            store.weights_of(LAYER, bad).fill_(torch.nan)
+    backend = shards.backend()
+    rows = backend.combine(backend.dispatch(LAYER, hidden, ids))
+    assert torch.equal(rows, local_rows(reader, hidden, ids))
+    assert backend.num_experts_wrong == 1
+    assert f"experts [{bad}] of layer {LAYER} on shard" in caplog.text
+    assert torch.equal(backend.combine(backend.dispatch(LAYER, hidden, ids)), rows)
+    assert backend.num_experts_wrong == 1, "it was mended"
+    backend.close()
+    for shard in range(2):
+        shards.end(shard)
+
+
+def test_values_that_are_not_finite_without_a_fault_of_the_experts_come_back_as_they_are(
+    shards: Shards, reader: CheckpointReader
+) -> None:
+    backend = shards.backend()
+    hidden, ids = work(4)
+    hidden[2] = torch.inf
+    rows = backend.combine(backend.dispatch(LAYER, hidden, ids))
+    assert rows[2].isnan().any()
+    assert torch.equal(rows[[0, 1, 3]], local_rows(reader, hidden, ids)[[0, 1, 3]])
+    assert backend.num_experts_wrong == 0
+    backend.close()
+
+
+@pytest.mark.parametrize("placement", [PLACEMENT, BOTH], ids=["one replica", "two replicas"])
+def test_a_token_that_crashes_shards_is_found_after_two_crashes(reader: CheckpointReader, placement: Placement) -> None:
+    shards = Shards(reader, torch.float32, "auto", placement, poison=666.0)
+    shards.crashed = shards.restart
+    backend = shards.backend()
+    hidden, ids = work(9)
+    hidden[5, 3] = 666.0
+    with pytest.raises(
+        ExpertsCrashedError, match=f"in layer {LAYER} has crashed the process of its experts twice"
+    ) as e:
+        backend.combine(backend.dispatch(LAYER, hidden, ids))
+    assert e.value.row == 5
+    # The token's experts are on both shards: each may fall once, and one of them once more over the token alone.
+    assert sum(shards.incarnation.values()) - 2 <= 3
+    others = [row for row in range(9) if row != 5]
+    rows = backend.combine(backend.dispatch(LAYER, hidden[others], ids[others]))
+    assert torch.equal(rows, local_rows(reader, hidden[others], ids[others]))
+    backend.close()
+    for shard in range(2):
+        shards.end(shard)
+
+
+def test_a_shard_that_dies_once_is_nobody_s_fault(twins: Shards, reader: CheckpointReader) -> None:
+    """The same deaths without a poisoned token: each token is sent alone once, and all are answered."""
+    backend = twins.backend()
+    hidden, ids = work(9)
+    backend.combine(backend.dispatch(LAYER, hidden, ids))
+    for layer in (LAYER, 2, LAYER):
+        twins.answers[1].clear()
+        ticket = backend.dispatch(layer, hidden, ids)
+        twins.restart(1)
+        assert torch.equal(backend.combine(ticket), rows_of(reader, layer, hidden, ids))
     backend.close()
 
 

@@ -13,7 +13,7 @@ from deepseek_ray.config.engine import EngineConfig
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.requests import expand_request
 from deepseek_ray.engine.stop import StopStrings
-from deepseek_ray.errors import ConfigError, OverloadedError, RequestError
+from deepseek_ray.errors import ConfigError, ExpertsCrashedError, OverloadedError, RequestError
 from deepseek_ray.messages import GenerateRequest, SamplingParams, TokenEvent
 
 TOKENIZER = byte_tokenizer()
@@ -242,6 +242,23 @@ def test_bad_logits_end_one_request_only() -> None:
     assert ended.token_ids == alone(victim).token_ids[: len(ended.token_ids)] != []
     for request in others:
         assert together[request.request_id].token_ids == alone(request).token_ids
+
+
+@pytest.mark.parametrize("victim", range(3))
+def test_a_request_whose_token_crashes_the_experts_ends_alone(victim: int) -> None:
+    """The decoder names a row of its batch: prompts of several lengths make rows and requests differ."""
+    requests = [make_request(f"r{n}", num_prompt=2 + 2 * n, max_tokens=6) for n in range(3)]
+    first_row = sum(len(request.prompt_token_ids) for request in requests[:victim])
+    decoder = FakeDecoder()
+    last_of_its_rows = first_row + len(requests[victim].prompt_token_ids) - 1
+    decoder.failures = [ExpertsCrashedError("crashed twice", row=last_of_its_rows)]
+    ended = run_to_end(make_engine(decoder=decoder), requests)
+    poisoned = ended.pop(requests[victim].request_id)
+    assert (poisoned.finish_reason, poisoned.error_kind, poisoned.token_ids) == ("error", "GenerationError", [])
+    assert "crashed twice; do not send it again" in (poisoned.error or "")
+    for request in requests:
+        if request.request_id in ended:
+            assert ended[request.request_id].token_ids == alone(request).token_ids
 
 
 def test_a_decoder_that_fails_can_be_called_again() -> None:

@@ -22,11 +22,11 @@ def plan(
     free: list[NodeResources] | None = None,
     trials: int = 16,
     most: int | None = None,
+    workers: int = 1,
     **training: Any,
 ) -> Slots:
     config = small_config(
-        training={"threads_per_worker": None, **training},
-        distributed={"data_parallel_size": training.pop("workers", 1)},
+        training={"threads_per_worker": None, **training}, distributed={"data_parallel_size": workers}
     )
     return plan_slots(config, nodes, nodes if free is None else free, trials, most)
 
@@ -38,6 +38,14 @@ def test_trials_share_the_cores_of_the_cluster_and_never_more() -> None:
     assert plan([EIGHT_CORES], most=4) == Slots(4, 2)
     assert plan([EIGHT_CORES, TWO_CORES], threads_per_worker=3) == Slots(2, 3)
     assert plan([NodeResources(16, 2)]) == Slots(2, 4)  # a GPU each
+
+
+def test_every_worker_of_a_trial_needs_its_cores() -> None:
+    assert plan([EIGHT_CORES], workers=2) == Slots(4, 1)
+    assert plan([EIGHT_CORES], workers=2, trials=2) == Slots(2, 2)
+    assert plan([NodeResources(3, 0), NodeResources(3, 0)], workers=2, threads_per_worker=2) == Slots(1, 2)
+    with pytest.raises(SweepError, match=r"needs 2 workers of 1 CPU cores; the cluster has 1 CPU cores and 0"):
+        plan([NodeResources(1, 0)], workers=2)
 
 
 def test_only_free_cores_count() -> None:

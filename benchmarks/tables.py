@@ -25,6 +25,15 @@ def main() -> None:
     print(f"wrote {PAGE.relative_to(RESULTS.parent.parent)}")
 
 
+def write_between_marks(page: Path, name: str, text: str) -> None:
+    """Put `text` between the page's comments `<!-- name: begin -->` and `<!-- name: end -->`."""
+    content = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = content.split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    print(f"wrote {page.relative_to(RESULTS.parent.parent)}")
+
+
 def newest(what: str) -> dict[str, Any]:
     path = max(RESULTS.glob(f"{what}_*.json"), key=lambda found: found.stem.rsplit("_", 1)[1])
     return {**json.loads(Path(path).read_text()), "file": path.name}

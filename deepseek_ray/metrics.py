@@ -106,7 +106,9 @@ _ALL = (
         _ENGINE,
         ("vllm_num_preemptions_total", "preemptions", "Sequences put back into the queue for want of cache blocks."),
         ("moe_frames_total", "frames", "Frames sent to expert shards."),
-        ("moe_frames_resent_total", "frames", "Of these, the ones sent again because a shard had gone."),
+        ("moe_frames_resent_total", "frames", "Of these, the ones sent again because a shard had gone or was late."),
+        ("moe_frames_hedged_total", "frames", "Calls given to another shard because their answer was overdue."),
+        ("moe_experts_wrong_total", "experts", "Experts whose weights in a shard's memory gave values not finite."),
     ),
     *_of(
         "counter",

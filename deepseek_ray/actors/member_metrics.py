@@ -31,6 +31,8 @@ class WorkerMetrics:
             exporter.total("vllm_num_preemptions_total", stats.num_preemptions)
         exporter.total("moe_frames_total", experts.num_frames)
         exporter.total("moe_frames_resent_total", experts.num_frames_resent)
+        exporter.total("moe_frames_hedged_total", experts.num_frames_hedged)
+        exporter.total("moe_experts_wrong_total", experts.num_experts_wrong)
         steps = experts.meter.take_steps()
         exporter.observe("moe_dispatch_seconds", (dispatch for dispatch, _ in steps))
         exporter.observe("moe_combine_seconds", (combine for _, combine in steps))

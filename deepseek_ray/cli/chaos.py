@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ _COLUMNS = (
     ("in_flight", "in flight"),
     ("failed", "failed"),
     ("wrong", "wrong"),
-    ("stall_median", "stall, s"),
+    ("stall_median", "stall"),
     ("stall_worst", "worst"),
-    ("first_token_worst", "new, worst"),
+    ("first_token_worst", "new"),
 )
 
 
@@ -68,7 +69,8 @@ def chaos(
     )
     if history is not None:
         history.mkdir(parents=True, exist_ok=True)
-    rows = _run(config, chosen, max_tokens, runs, streams, seed, deadline, history)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout
+        rows = _run(config, chosen, max_tokens, runs, streams, seed, deadline, history)
     print(json.dumps(rows)) if as_json else _print_table(rows)
     if any(row["failed"] or row["wrong"] or row["left_over"] for row in rows):
         raise typer.Exit(1)
@@ -120,9 +122,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    table = Table(title="stall and time to the first token of new requests in seconds", title_justify="left")
     for _, title in _COLUMNS:
-        table.add_column(title, justify="left" if title == "fault" else "right")
+        table.add_column(title, justify="left" if title == "fault" else "right", no_wrap=title != "fault")
     for row in rows:
         values = (row[name] for name, _ in _COLUMNS)
         table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values))

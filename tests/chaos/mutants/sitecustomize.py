@@ -1,0 +1,112 @@
+"""Mistakes that the checker must notice. With this folder on PYTHONPATH, processes make the one that MUTANT names."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+def retry_without_deduplication(module: ModuleType) -> None:
+    """A request that goes to another worker begins anew, and what it had is sent again."""
+    replace = module.msgspec.structs.replace
+
+    def forgetful(struct: Any, **changes: Any) -> Any:
+        if "output_token_ids" in changes:
+            changes["output_token_ids"] = []
+        return replace(struct, **changes)
+
+    class Structs:
+        replace = staticmethod(forgetful)
+
+    class Msgspec:
+        structs = Structs
+
+        def __getattr__(self, name: str) -> Any:
+            import msgspec
+
+            return getattr(msgspec, name)
+
+    module.msgspec = Msgspec()
+
+
+def combine_in_arrival_order(module: ModuleType) -> None:
+    """The slots of a token are summed in the order in which the shards answered."""
+    take, dispatch = module.RemoteExperts._take, module.RemoteExperts.dispatch
+    arrived: list[Any] = []
+
+    def remember(self: Any, ticket: Any, frame: Any) -> None:
+        pending = ticket.pending.get(frame.sequence)
+        take(self, ticket, frame)
+        if pending is not None and frame.sequence not in ticket.pending:
+            arrived.append(pending.call.places)
+
+    def begin(self: Any, *arguments: Any) -> Any:
+        arrived.clear()
+        return dispatch(self, *arguments)
+
+    def combine(rows: Any, weights: Any) -> Any:
+        import torch
+
+        place = torch.cat(arrived)
+        when = torch.empty_like(place).scatter_(0, place, torch.arange(len(place)))
+        order = when.view(weights.shape).argsort(dim=1)
+        return original(rows.gather(1, order.unsqueeze(-1).expand_as(rows)), weights.gather(1, order))
+
+    module.RemoteExperts._take, module.RemoteExperts.dispatch = remember, begin
+    import deepseek_ray.models.paged_decoder as paged_decoder
+
+    original = paged_decoder.combine_slots
+    paged_decoder.combine_slots = combine
+
+
+def answer_for_an_expert_that_is_not_held(module: ModuleType) -> None:
+    """A shard says it holds what it was told to load later, and computes with another expert's weights."""
+    load, first_experts = module.ExpertStore.load, 4  # of 8, with two shards
+
+    def pretend(self: Any, layer: int, expert: int) -> None:
+        here = self._layers.get(layer, {})
+        if len(here) < first_experts:
+            load(self, layer, expert)
+        elif expert not in here:
+            self._layers[layer] = {**here, expert: next(iter(here.values()))}
+
+    module.ExpertStore.load = pretend
+
+
+_MUTANTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
+    "retry": ("deepseek_ray.actors.request_session", retry_without_deduplication),
+    "combine": ("deepseek_ray.actors.expert_client", combine_in_arrival_order),
+    "shard": ("deepseek_ray.models.expert_store", answer_for_an_expert_that_is_not_held),
+}
+
+
+class _Mutating(importlib.abc.MetaPathFinder):
+    """Changes one module right after it was imported."""
+
+    def __init__(self, name: str, mutate: Callable[[ModuleType], None]) -> None:
+        self._name, self._mutate = name, mutate
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_mutate(module: ModuleType) -> None:
+            execute(module)
+            self._mutate(module)
+
+        spec.loader.exec_module = execute_and_mutate  # type: ignore[method-assign]
+        return spec
+
+
+if chosen := os.environ.get("MUTANT"):
+    sys.meta_path.insert(0, _Mutating(*_MUTANTS[chosen]))

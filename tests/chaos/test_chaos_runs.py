@@ -1,0 +1,92 @@
+"""Real faults under real streams through `deepseek-ray chaos`: promises kept, and mistakes noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek_ray.chaos.cells import CELLS
+from tests.checkpoints import tiny_config, write_random_checkpoint
+from tests.fakes import BYTE_EOS, write_byte_tokenizer
+
+pytestmark = pytest.mark.cluster
+
+MUTANTS = Path(__file__).parent / "mutants"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, and three experts a token: the sum of two has the same bits in any order."""
+    directory = tmp_path_factory.mktemp("chaos") / "model"
+    write_random_checkpoint(directory, tiny_config(vocab_size=264, eos_token_id=BYTE_EOS, num_experts_per_tok=3))
+    write_byte_tokenizer(directory)
+    return directory
+
+
+def chaos(model: Path, *arguments: str, **environment: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, rows, and what was said on the way."""
+    done = subprocess.run(
+        [sys.executable, "-m", "deepseek_ray.cli.main", "chaos", str(model), "--json", "--deadline", "120", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, **environment},
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def assert_kept(rows: list[dict[str, Any]], said: str) -> None:
+    for row in rows:
+        assert (row["failed"], row["wrong"], row["left_over"]) == (0, 0, 0), said
+        assert row["calls"] > 0
+        if row["cell"] != "control":
+            assert row["in_flight"] > 0, "the fault found no stream in mid-generation"
+
+
+def test_a_killed_shard_with_a_standby_breaks_no_promise(trained_model: Path, tmp_path: Path) -> None:
+    code, rows, said = chaos(trained_model, "--cell", "kill-shard-standby", "--history", str(tmp_path / "seen"))
+    assert code == 0, said
+    assert_kept(rows, said)
+    assert len(list((tmp_path / "seen").glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_fault_breaks_no_promise(trained_model: Path, cell: str) -> None:
+    code, rows, said = chaos(trained_model, "--cell", cell, "--runs", "2")
+    assert code == 0, said
+    assert_kept(rows, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mutant", "cell", "kinds"),
+    [
+        ("retry", "kill-worker", {"order"}),
+        ("combine", "control", {"logprob", "token"}),
+        ("shard", "rebalance", {"logprob", "token"}),
+    ],
+)
+def test_the_checker_notices_mistakes(model: Path, mutant: str, cell: str, kinds: set[str]) -> None:
+    path = os.pathsep.join(filter(None, [str(MUTANTS), os.environ.get("PYTHONPATH")]))
+    code, rows, said = chaos(model, "--cell", cell, MUTANT=mutant, PYTHONPATH=path)
+    assert code == 1, said
+    assert rows[0]["wrong"] > 0
+    assert any(f"    {kind} " in said for kind in kinds), said
+
+
+def test_an_unknown_fault_is_named(trained_model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deepseek_ray.cli.main", "chaos", str(trained_model), "--cell", "meteor"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "there is no fault 'meteor'; there are control, kill-shard-replica" in done.stderr

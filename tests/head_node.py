@@ -18,6 +18,7 @@ import httpx
 import psutil
 
 RAY = Path(sys.executable).with_name("ray")
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ def head_node(variables: Mapping[str, str] | None = None) -> Iterator[HeadNode]:
         "RAY_TMPDIR": str(directory / "ray"),
         **(variables or {}),
     }
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, agent, client = free_ports(4)
     command = [
         str(RAY), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-        f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={directory / 'ray'}",
-        "--num-cpus=2", "--disable-usage-stats",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--ray-client-server-port={client}", f"--temp-dir={directory / 'ray'}", "--num-cpus=2",
+        "--disable-usage-stats",
     ]  # fmt: skip
     with (directory / "head.log").open("w") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
@@ -74,6 +76,17 @@ def head_node(variables: Mapping[str, str] | None = None) -> Iterator[HeadNode]:
     finally:
         _stop(head)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def submit_job(
+    head: HeadNode, *command: str, environment: Mapping[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` of a command in the repository's root, as a person types it; waits for the job's end."""
+    submit = [str(RAY), "job", "submit", f"--address={head.address}", "--working-dir", ".", "--", *command]
+    return subprocess.run(
+        submit, env=environment or head.environment, cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        timeout=timeout,
+    )  # fmt: skip
 
 
 def _wait_until_up(address: str, token: str, head: subprocess.Popen[bytes], log: Path) -> None:
@@ -92,6 +105,8 @@ def _wait_until_up(address: str, token: str, head: subprocess.Popen[bytes], log:
 
 def _stop(head: subprocess.Popen[bytes]) -> None:
     """End the head node and everything it started, by process id."""
+    if head.poll() is not None:  # it did not start, and ended what it had started
+        return
     processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.terminate()
     _, alive = psutil.wait_procs(processes, timeout=10)

@@ -20,9 +20,9 @@ def trained_model() -> Path:
     return trained_model_dir()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this process for the tests of one file; every process of it is gone afterwards."""
+    """A Ray cluster of this process for all tests that ask for one; every process of it is gone afterwards."""
     import ray
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
@@ -32,8 +32,9 @@ def ray_cluster() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Links first: they count the process's descriptors, and Ray's gRPC, once loaded, opens and closes some at will.
+    Those that share a Ray cluster last: it lives from the first of them on, and others start one of their own.
     GPU tests skip themselves where there is no device."""
-    items.sort(key=lambda item: "links" not in item.path.parts)
+    items.sort(key=_place)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -42,3 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _place(item: pytest.Item) -> int:
+    if "links" in item.path.parts:
+        return 0
+    return 2 if "ray_cluster" in getattr(item, "fixturenames", ()) else 1

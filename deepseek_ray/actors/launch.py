@@ -34,8 +34,33 @@ def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]
     handles = {}
     for role, id in members:
         shell, threads = _SHELLS[role], member_threads(config, role)
-        handles[role, id] = _create(shell, config.name, role, id, threads, arguments=(config.name, id, threads))
+        handles[role, id] = _create(
+            shell,
+            config.name,
+            role,
+            id,
+            threads,
+            arguments=(config.name, id, threads),
+            label_selector=member_labels(config, role) or None,
+        )
     return handles
+
+
+def member_labels(config: DeploymentConfig, role: Role) -> dict[str, str]:
+    """Labels that the node of a member must have."""
+    return config.attention_labels if role == "attention_worker" else config.expert_labels
+
+
+def missing_labels(config: DeploymentConfig) -> list[str]:
+    """For each role that no node of the cluster can take: what is missing, in words."""
+    nodes = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    missing = []
+    for role in _SHELLS:
+        labels = member_labels(config, role)
+        if not any(all(node.get(name) == value for name, value in labels.items()) for node in nodes):
+            wanted = ",".join(f"{name}={value}" for name, value in labels.items())
+            missing.append(f"a node with the labels {wanted} for each {role.replace('_', ' ')}")
+    return missing
 
 
 def member_threads(config: DeploymentConfig, role: Role) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from deepseek_ray.actors.launch import create_members, end_deployment
+from deepseek_ray.actors.launch import create_members, end_deployment, missing_labels
 from deepseek_ray.actors.metrics_export import MetricsExporter
 from deepseek_ray.actors.record import (
     DeploymentDescription,
@@ -104,7 +104,8 @@ class Router:
         return self._membership.ready(time.monotonic())
 
     async def waiting_for(self) -> list[str]:
-        return self._membership.waiting_for(time.monotonic())
+        missing = self._membership.waiting_for(time.monotonic())
+        return [*missing_labels(self._record.config), *missing] if missing else []
 
     async def failure(self) -> str | None:
         return self._membership.failure()

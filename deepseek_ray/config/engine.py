@@ -47,6 +47,10 @@ class DeploymentConfig(FrozenConfig):
     """Processes among which the routed experts of every layer are divided."""
     standby_shards: int = Field(default=0, ge=0)
     """Processes that hold no experts and take the place of an expert shard that is lost."""
+    attention_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that attention workers run on (`ray start --labels`); empty takes any node."""
+    expert_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that expert shards run on; empty takes any node."""
     threads: int | None = Field(default=None, ge=1)
     """Cores the whole engine may use; None takes all of them."""
     transport: Literal["auto", "shared_memory", "tcp"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from training_runs import small_config
 
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.errors import ConfigError, SweepError
+from deepseek_ray.tuning import study
 from deepseek_ray.tuning.settings import Limits, SweepSettings, budgeted
 from deepseek_ray.tuning.space import Space, as_space
 from deepseek_ray.tuning.study import JOURNAL_FILE, read_trials
@@ -84,6 +86,28 @@ def test_killed_after_any_write_every_trial_runs_once(tmp_path: Path, torn: bool
         assert [trial.user_attrs["index"] for trial in records] == [0, 1, 2, 3]
         assert all(trial.state.is_finished() for trial in records)
         shutil.rmtree(directory)
+
+
+def test_every_fact_is_on_disk_before_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses nothing that it wrote; a machine without power only what was not forced to disk."""
+    forced: list[int] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        fsync(descriptor)
+        forced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(study.os, "fsync", watched)
+    written: list[int] = []
+    append = study._Journal.append_logs
+
+    def measured(journal: study._Journal, logs: list[dict[str, Any]]) -> None:
+        append(journal, logs)
+        written.append((tmp_path / JOURNAL_FILE).stat().st_size)
+
+    monkeypatch.setattr(study._Journal, "append_logs", measured)
+    finish_all(open_sweep(tmp_path))
+    assert forced == written != []
 
 
 def test_a_larger_num_trials_goes_on_where_the_sweep_ended(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
-"""The whole shape on one cluster: a job trains, a sweep searches, Serve serves the winner while another job trains."""
+"""The whole shape on one cluster with token authentication: a job trains, a sweep searches, Serve serves the winner
+while another job trains."""
 
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,12 +16,12 @@ import pytest
 import yaml
 from openai import OpenAI
 
+from deepseek_ray.models.load import load_model
 from deepseek_ray.training.metrics import read_metrics
-from tests.head_node import RAY, HeadNode, free_ports, head_node
+from tests.head_node import RAY, REPOSITORY, HeadNode, free_ports, head_node, submit_job
 
 pytestmark = pytest.mark.cluster
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_TRIALS = 2
 SECOND_STEPS = 120
 SWEEP = """
@@ -118,10 +119,27 @@ def cluster() -> Iterator[OneCluster]:
         yield OneCluster(head)
 
 
+def test_a_submitted_job_trains_in_the_environments_python(cluster: OneCluster) -> None:
+    said = cluster.submit(overrides=["name=first", "training.steps=6"])
+    if sys.prefix != sys.base_prefix:  # in a virtual environment the bare `python` lacks the packages
+        assert f"starting again in the cluster's {sys.executable}" in said
+    assert "step 6/6" in said
+    run_dir = cluster.storage / "first"
+    assert [line["step"] for line in read_metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert load_model(run_dir / "checkpoints" / "step-00000006").config.n_routed_experts == 4
+
+
+def test_a_job_without_the_token_is_refused(cluster: OneCluster) -> None:
+    stranger = {**cluster.head.environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = ["python", "jobs/pretrain.py", "--config", "configs/tiny.yaml", "--set", "training.steps=1"]
+    done = submit_job(cluster.head, *command, environment=stranger)
+    assert done.returncode != 0
+    assert "step 1/1" not in done.stdout
+    assert "authentication token" in (done.stdout + done.stderr).lower()
+
+
 @pytest.mark.timeout(900)
 def test_training_search_and_serving_share_one_cluster(cluster: OneCluster) -> None:
-    assert "step 4/4" in cluster.submit(overrides=["name=first", "training.steps=4"])
-
     found = cluster.sweep()
     assert found["trials"] == NUM_TRIALS
     assert found["metrics"]["validation_loss"] > 0

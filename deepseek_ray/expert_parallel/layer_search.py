@@ -23,23 +23,25 @@ def balance_layer(
     """New holders [E, S] of one layer. loads: [E]; free: [S] slots that no layer uses.
 
     Nothing changes if the busiest shard takes at most (1 + threshold) * best now. Otherwise, of the states on the
-    search's way that take at most (1 + tolerance) * best, the one with the fewest adds is taken, less the adds that
-    turn out not to be needed for that. `best` is the time all shards would take if they were even, or, if the search
-    does not come that near to it, the lowest time of the busiest shard that it found.
+    search's way that take at most (1 + tolerance) * best, the one with the fewest adds is taken. `best` is the time
+    all shards would take if they were even, or, if the search does not come that near to it, the lowest time of the
+    busiest shard that it found.
     """
     now = shard_times(held, loads, limits.speeds).max()
     even = loads.sum() / limits.speeds.sum()
     if now <= (1 + threshold) * even:
         return held
     states = [held, *search(held, loads, free, limits, tolerance)]
+    if shard_times(states[-1], loads, limits.speeds).max() > (1 + tolerance) * even:
+        start = _recounted(held, loads, free, limits)
+        states += [start, *search(start, loads, _free_after(free, held, start), limits, tolerance)]
     peaks = np.array([shard_times(state, loads, limits.speeds).max() for state in states])
     best = even if peaks.min() <= (1 + tolerance) * even else peaks.min()
     if now <= (1 + threshold) * best:
         return held
     enough = (1 + tolerance) * best
     good = [state for state, peak in zip(states, peaks, strict=True) if peak <= enough]
-    chosen = min(good, key=lambda state: int((state & ~held).sum()))
-    return _without_needless_adds(held, chosen, loads, free, limits, enough)
+    return min(good, key=lambda state: int((state & ~held).sum()))
 
 
 def search(
@@ -87,18 +89,25 @@ def _best_step(
     return best
 
 
-def _without_needless_adds(
-    before: Bools, after: Bools, loads: Floats, free: Ints, limits: LayerLimits, enough: float
-) -> Bools:
-    """`after` with every expert back where it was that can be, one by one, the least loaded first."""
-    changed = np.flatnonzero((after & ~before).any(axis=1))
-    for expert in changed[np.argsort(loads[changed], kind="stable")]:
-        trial = after.copy()
-        trial[expert] = before[expert]
-        fits = (_free_after(free, before, trial) >= 0).all() and trial.sum() <= limits.max_replicas
-        if fits and shard_times(trial, loads, limits.speeds).max() <= enough:
-            after = trial
-    return after
+def _recounted(held: Bools, loads: Floats, free: Ints, limits: LayerLimits) -> Bools:
+    """Another place to search from: each replica more goes to the largest load per replica, as in EPLB."""
+    counts = np.full(len(loads), limits.min_replicas)
+    for _ in range(min(limits.max_replicas, held.size) - counts.sum()):
+        counts[np.where(counts < held.shape[1], loads / counts, -1.0).argmax()] += 1
+    state = held.copy()
+    order = np.argsort(-loads / counts, kind="stable")
+    for expert in order:
+        while state[expert].sum() > counts[expert]:
+            times = shard_times(state, loads, limits.speeds)
+            state[expert, np.where(state[expert], times, -1.0).argmax()] = False
+    for expert in order:
+        while state[expert].sum() < counts[expert]:
+            possible = ~state[expert] & limits.destinations & (_free_after(free, held, state) > 0)
+            if not possible.any():
+                break
+            times = shard_times(state, loads, limits.speeds)
+            state[expert, np.where(possible, times, np.inf).argmin()] = True
+    return state
 
 
 def _free_after(free: Ints, before: Bools, after: Bools) -> Ints:

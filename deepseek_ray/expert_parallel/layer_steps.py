@@ -24,6 +24,8 @@ Ints = NDArray[np.int64]
 
 _NUM_VICTIMS = 4
 """Replicas tried for `exchange`: those whose loss leaves the other holders least busy."""
+_NUM_SWAPS = 32
+"""Swaps looked at closely: those that leave the two shards least busy."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def kinds_of_steps(
     if held.sum() < limits.max_replicas:
         yield _copies(held, open_shards, busiest)
     yield _exchanges(held, loads, open_shards, limits, times, busiest)
-    yield _swaps(held, limits, busiest)
+    yield _swaps(held, loads, limits, times, busiest)
 
 
 def _drops(held: Bools, limits: LayerLimits, busiest: int) -> Steps:
@@ -93,16 +95,19 @@ def _shifts(held: Bools, open_shards: Bools, busiest: int) -> Steps:
 
 
 def _copies(held: Bools, open_shards: Bools, busiest: int) -> Steps:
-    experts, shards = np.nonzero(held[:, [busiest]] & ~held & open_shards)
-    return Steps(1, experts, _changed(held, experts, shards, True))
+    mine = np.flatnonzero(held[:, busiest])
+    row, shards = np.nonzero(~held[mine] & open_shards)
+    return Steps(1, mine[row], _changed(held, mine[row], shards, True))
 
 
 def _exchanges(
     held: Bools, loads: Floats, open_shards: Bools, limits: LayerLimits, times: Floats, busiest: int
 ) -> Steps:
     victims, losers = _victims(held, loads, limits, times, busiest)
-    wanted = held[:, [busiest]] & ~held & limits.destinations
-    chosen, experts, shards = np.nonzero(np.broadcast_to(wanted, (len(victims), *held.shape)))
+    mine = np.flatnonzero(held[:, busiest])
+    wanted = ~held[mine] & limits.destinations
+    chosen, row, shards = np.nonzero(np.broadcast_to(wanted, (len(victims), *wanted.shape)))
+    experts = mine[row]
     has_room = open_shards[shards] | (shards == losers[chosen])
     allowed = has_room & (experts != victims[chosen])
     chosen, experts, shards = chosen[allowed], experts[allowed], shards[allowed]
@@ -122,18 +127,32 @@ def _victims(held: Bools, loads: Floats, limits: LayerLimits, times: Floats, bus
     return experts[least], shards[least]
 
 
-def _swaps(held: Bools, limits: LayerLimits, busiest: int) -> Steps:
+def _swaps(held: Bools, loads: Floats, limits: LayerLimits, times: Floats, busiest: int) -> Steps:
     if not limits.destinations[busiest]:
         return Steps(2, np.zeros(0, dtype=np.int64), held[:0])
-    gives = held[:, busiest]
-    takes_experts, takes_shards = np.nonzero(held & ~held[:, [busiest]] & limits.destinations)
-    mine, theirs = np.nonzero(gives[:, None] & ~held[:, takes_shards])
-    shards, other = takes_shards[theirs], takes_experts[theirs]
+    their_experts, their_shards = np.nonzero(held & ~held[:, [busiest]] & limits.destinations)
+    mine = np.flatnonzero(held[:, busiest])
+    row, pair = np.nonzero(~held[np.ix_(mine, their_shards)])
+    mine, other, shards = mine[row], their_experts[pair], their_shards[pair]
+    best = _best_swaps(held, loads, limits.speeds, times, busiest, mine, other, shards)
+    mine, other, shards = mine[best], other[best], shards[best]
     given = _changed(held, mine, shards, True)
     given[:, busiest] = False
     taken = _changed(held, other, shards, False)
     taken[:, busiest] = True
     return Steps(2, mine, given, other, taken)
+
+
+def _best_swaps(
+    held: Bools, loads: Floats, speeds: Floats, times: Floats, busiest: int, mine: Ints, other: Ints, shards: Ints
+) -> Ints:
+    """Places of a few swaps with the lowest time of the two shards, other holders left aside. All arguments [n]."""
+    holding_speed = held @ speeds
+    faster = speeds[shards] - speeds[busiest]
+    given, taken = loads[mine] / (holding_speed[mine] + faster), loads[other] / (holding_speed[other] - faster)
+    here = times[busiest] - (loads / holding_speed)[mine] + taken
+    there = times[shards] - (loads / holding_speed)[other] + given
+    return np.argsort(np.maximum(here, there), kind="stable")[:_NUM_SWAPS]
 
 
 def _droppable(held: Bools, limits: LayerLimits) -> Bools:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_ray.errors import DeploymentError
@@ -80,6 +80,7 @@ def problems(draw: st.DrawFn) -> tuple[list[list[int]], int, int, int, int]:
     return draw(st.lists(layer, min_size=1, max_size=3)), slots, groups, nodes, shards
 
 
+@settings(deadline=None)
 @given(problems())
 def test_equals_the_slow_version(problem: tuple[list[list[int]], int, int, int, int]) -> None:
     loads, *sizes = problem

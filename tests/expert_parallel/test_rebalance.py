@@ -92,6 +92,30 @@ def test_below_the_threshold_nothing_moves() -> None:
     assert rebalance(placement, equal_shards(2, 3), loads, threshold=0.19, tolerance=0).num_adds == 1
 
 
+def test_what_no_move_can_balance_is_left_alone() -> None:
+    # 10 + 0.5 against 1. The mean is 5.75, but one expert alone takes 10: 10.5 is within a tenth of the best.
+    placement: Placement = {0: [(0,), (0,), (1,)]}
+    assert rebalance(placement, equal_shards(2, 3), {0: [10, 0.5, 1]}).moves == ()
+    assert rebalance(placement, equal_shards(2, 3), {0: [10, 0.5, 1]}, threshold=0, tolerance=0).num_adds == 1
+
+
+def test_the_last_adds_are_not_made_for_little() -> None:
+    # 10 + 3 + 0.4 against 1. Without 3 shard 0 takes 10.4, without 0.4 as well 10: the best, and 10.4 is near it.
+    placement: Placement = {0: [(0,), (0,), (0,), (1,)]}
+    change = rebalance(placement, equal_shards(2, 4), {0: [10, 3, 0.4, 1]}, tolerance=0.05)
+    assert change.placement == {0: [(0,), (1,), (0,), (1,)]}
+    assert rebalance(placement, equal_shards(2, 4), {0: [10, 3, 0.4, 1]}, tolerance=0.03).num_adds == 2
+
+
+def test_budgets_that_run_out_on_the_wrong_expert_are_spent_anew() -> None:
+    # Two hot experts of 12 on shards 0 and 1 of four, 0.1 on the others; two spare replicas went to a cold expert.
+    # Even is 24.3 / 4 = 6.1: each hot one on two shards.
+    placement: Placement = {0: [(0,), (1,), (1, 2, 3), (2,), (3,)]}
+    change = rebalance(placement, equal_shards(4, 2), {0: [12, 12, 0.1, 0.1, 0.1]}, extra_replicas=2)
+    assert [len(holders) for holders in change.placement[0]] == [2, 2, 1, 1, 1]
+    assert busiest(change.placement, equal_shards(4, 2), {0: [12, 12, 0.1, 0.1, 0.1]})[0] < 6.4
+
+
 def test_a_lost_shard_is_replaced() -> None:
     placement = contiguous_placement([1, 2], 4, [0, 1])
     change = rebalance(placement, equal_shards(1, 8))

@@ -22,9 +22,10 @@ MUTANTS = Path(__file__).parent / "mutants"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, and three experts a token: the sum of two has the same bits in any order."""
+    """Random weights; three experts a token, on both shards: the sum of two has the same bits in any order."""
     directory = tmp_path_factory.mktemp("chaos") / "model"
-    write_random_checkpoint(directory, tiny_config(vocab_size=264, eos_token_id=BYTE_EOS, num_experts_per_tok=3))
+    config = tiny_config(vocab_size=264, eos_token_id=BYTE_EOS, num_experts_per_tok=3, n_group=1)
+    write_random_checkpoint(directory, config)
     write_byte_tokenizer(directory)
     return directory
 

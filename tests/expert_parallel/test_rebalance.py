@@ -107,6 +107,22 @@ def test_the_last_adds_are_not_made_for_little() -> None:
     assert rebalance(placement, equal_shards(2, 4), {0: [10, 3, 0.4, 1]}, tolerance=0.03).num_adds == 2
 
 
+def test_a_copy_is_exchanged_for_a_colder_one() -> None:
+    # 4 / 2 + 2 = 4, 9 and 4 / 2 = 2; the budget is used. Expert 0 leaves shard 2 for a copy of expert 2 there:
+    # 6, 4.5 and 4.5, with one add.
+    change = rebalance({0: [(0, 2), (0,), (1,)]}, equal_shards(3, 3), {0: [4, 2, 9]}, extra_replicas=1, tolerance=0.2)
+    assert change.placement == {0: [(0,), (0,), (1, 2)]}
+    assert change.num_adds == 1
+
+
+def test_a_shard_that_holds_too_many_gives_away_what_costs_least() -> None:
+    # Three experts, two slots. What another holds too is dropped; if there is no such, the least loaded moves.
+    change = rebalance({0: [(0,), (0, 1), (0,)]}, equal_shards(2, 2), {0: [1, 9, 2]}, extra_replicas=1, threshold=9)
+    assert change.moves == (ReplicaMove(0, 1, 0, "drop"),)
+    change = rebalance({0: [(0,), (0,), (0,)]}, equal_shards(2, 2), {0: [3, 1, 2]}, threshold=9)
+    assert change.placement == {0: [(0,), (1,), (0,)]}
+
+
 def test_budgets_that_run_out_on_the_wrong_expert_are_spent_anew() -> None:
     # Two hot experts of 12 on shards 0 and 1 of four, 0.1 on the others; two spare replicas went to a cold expert.
     # Even is 24.3 / 4 = 6.1: each hot one on two shards.

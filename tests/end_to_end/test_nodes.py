@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from deepseek_ray.actors.launch import missing_labels
 from deepseek_ray.actors.offline import ActorsBackend
 from deepseek_ray.config.engine import DeploymentConfig
-from tests.live_requests import Watched, assert_unharmed, expected_tokens, row_of, wait_for
+from tests.live_requests import Watched, assert_unharmed, expected_tokens, pid_of, row_of, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -65,15 +65,17 @@ def test_members_run_where_their_labels_say_and_the_loss_of_a_node_costs_no_toke
         assert head not in shards
         victim = next(node for node in nodes.worker_nodes if node.node_id == shards[0])
 
-        def kill_raylet() -> None:
+        def kill_node() -> None:
+            """What a power cut does: the raylet and everything that it runs."""
             (raylet,) = victim.all_processes["raylet"]
-            os.kill(raylet.process.pid, signal.SIGKILL)
+            for pid in (raylet.process.pid, pid_of(backend, "expert_shard", 0)):
+                os.kill(pid, signal.SIGKILL)
 
-        watched = Watched(backend, "raylet", kill_raylet)
+        watched = Watched(backend, "node", kill_node)
         assert_unharmed(watched, expected)
         assert not watched.resent, "frames were enough"
-        wait_for(lambda: row_of(backend, "expert_shard", 0)["state"] == "ready", 30)
-        assert row_of(backend, "expert_shard", 0)["node_id"] not in (head, victim.node_id)
+        wait_for(lambda: row_of(backend, "expert_shard", 0)["node_id"] not in (head, victim.node_id), 30)
+        assert row_of(backend, "expert_shard", 0)["restarts"] == 1
     finally:
         backend.shutdown()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("frame_round_trip", "generation", "strategies", "placement")
+BENCHMARKS = ("frame_round_trip", "generation", "strategies", "placement", "tuning")
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ def main() -> None:
         generation_section(newest("generation")),
         frames_section(newest("frame_round_trip")),
         placement_section(newest("placement")),
+        strategies_section(newest("strategies")),
+        tuning_section(newest("tuning")),
     ]
     PAGE.write_text("\n".join(sections), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(RESULTS.parent.parent)}")
@@ -120,6 +122,48 @@ def _placement_table(
         cells.setdefault(tuple(row[name] for name in case), []).append(f"{row['max_over_mean']:.2f} ({adds(row)})")
     lines = [f"| {' | '.join([*case, *strategies])} |", "|---" * (len(case) + len(strategies)) + "|"]
     return lines + [f"| {' | '.join([*map(str, key), *of_case])} |" for key, of_case in cells.items()]
+
+
+def strategies_section(result: dict[str, Any]) -> str:
+    """Loss, bytes and speed of each training strategy against one worker, or against ddp."""
+    lines = [
+        "## Training strategies on two gloo workers",
+        "",
+        f"{_machine(result)}, one thread per worker, {result['parameters'] / 1e6:.1f} M parameters, {result['steps']} "
+        f"steps in float32 (`{result['file']}`). One worker holds {result['bytes_of_one_worker'] / 1e6:.1f} MB of "
+        "weights, gradients and optimiser state. Losses differ by the order of sums alone. Bytes are those of the fuller "
+        "worker.",
+        "",
+        "| strategy | largest loss difference, nats | MB per worker | tokens/s against ddp |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['max_loss_difference']:.1e} | {row['bytes_per_rank'] / 1e6:.1f} | "
+        f"{row['tokens_per_second_to_ddp']:.2f}x |"
+        for name, row in result["strategies"].items()
+    ]
+    return "\n".join([*lines, ""])
+
+
+def tuning_section(result: dict[str, Any]) -> str:
+    """The best trial of each sweep against the run file as it is, at equal training tokens."""
+    lines = [
+        "## What a sweep finds",
+        "",
+        f"`{result['config']}` as it is against the best of {result['trials']} trials of `{result['space']}`, "
+        f"{result['tokens_per_trial']:,} training tokens each (`{result['file']}`). Validation loss in nats; the last "
+        "two columns train both again from other weights on another order of the data, because the best of many trials "
+        "owes a part of its lead to luck.",
+        "",
+        "| seed | default | best | default again | best again | trials finished / stopped early / failed |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['seed']} | {row['default']:.3f} | {row['best']:.3f} | {row['retrained_default']:.3f} | "
+        f"{row['retrained_best']:.3f} | {row['finished']} / {row['stopped']} / {row['failed']} |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, ""])
 
 
 def _machine(result: dict[str, Any]) -> str:

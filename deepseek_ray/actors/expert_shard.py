@@ -38,7 +38,7 @@ class ExpertShard:
             transport=config.transport,
             incarnation=self._member.identity.incarnation,
         )
-        self._store = ExpertStore(reader, {}, getattr(torch, config.dtype))
+        self._store = ExpertStore(reader, {}, getattr(torch, config.dtype), shared_files=config.packed_files)
         self._loader = ExpertLoader(self._store, changed=self.report_now)
         self._service = ExpertService(self._listener, self._store, reader.config.hidden_size)
         self._service.start()

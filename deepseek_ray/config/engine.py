@@ -55,6 +55,9 @@ class DeploymentConfig(FrozenConfig):
     """Cores the whole engine may use; None takes all of them."""
     transport: Literal["auto", "shared_memory", "tcp"] = "auto"
     """How frames travel; auto is shared memory on one node and TCP between nodes."""
+    packed_files: bool = True
+    """Keep the experts as the kernels want them in files of each node, which replicas, standbys and restarted shards
+    map in no time; it takes as much disk as the experts do."""
     hedge_after_seconds: float = Field(default=0.3, gt=0)
     """An expert shard that has not answered for this long (four times its slowest recent answer if that is longer, ten
     times this at most) is not waited for where another one holds the experts."""

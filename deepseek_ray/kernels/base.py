@@ -36,6 +36,8 @@ class Kernels(ABC):
     """What the paged decoder and the expert shards compute with."""
 
     name: str
+    layout: str | None = None
+    """Name of the layout of packed weights, the same for the same bytes; None keeps them out of files."""
 
     @abstractmethod
     def pack(self, weights: Sequence[Tensor]) -> PackedWeight:

@@ -92,6 +92,7 @@ class NativeKernels(Kernels):
     """Row-invariant C++ on the CPU. Packed weights are `[groups, ceil(N/16), K, 16]`, zero padded."""
 
     name = "native C++"
+    layout = f"blocks of {_LANES} outputs, inputs, {_LANES} lanes"
 
     def __init__(self) -> None:
         self._library = load_library()

@@ -5,6 +5,7 @@ Everything is checked from file headers before any weight is read; weights are m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -81,6 +82,15 @@ class CheckpointReader:
         """Read every tensor once; raise CheckpointError naming the first that holds NaN or infinity."""
         for name in self.names:
             require_finite(name, self.tensor(name), self.directory)
+
+    def identity(self) -> str:
+        """Changes whenever a file of the checkpoint does: a digest of names, sizes and times, and of config.json."""
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for file in sorted(set(self._files.values())):
+            found = (self.directory / file).resolve()
+            status = found.stat()
+            digest.update(f"{found} {status.st_size} {status.st_mtime_ns} {status.st_ino}\n".encode())
+        return digest.hexdigest()
 
     def validate(self) -> None:
         """Compare every header with config.json; raise CheckpointError naming missing, extra and misshapen tensors.

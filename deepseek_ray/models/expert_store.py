@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deepseek_ray.kernels.base import Kernels, PackedWeight
+from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.packed_files import PackedExpert, PackedFiles
 from deepseek_ray.nn.moe import ExpertBackend
-
-
-@dataclass(frozen=True)
-class _Expert:
-    gate_up: PackedWeight
-    down: PackedWeight
 
 
 class ExpertStore:
@@ -36,12 +30,16 @@ class ExpertStore:
         dtype: torch.dtype,
         kernels: Kernels | None = None,
         on_layer: Callable[[int], None] | None = None,
+        shared_files: bool = False,
     ) -> None:
+        """`shared_files`: packed experts are kept in files of this node and mapped from there, see `PackedFiles`."""
         self.kernels = kernels or default_kernels()
         self._reader = reader
         self._dtype = dtype
-        self._layers: dict[int, dict[int, _Expert]] = {}
+        self._layers: dict[int, dict[int, PackedExpert]] = {}
         self._changing = threading.Lock()
+        layout = self.kernels.layout
+        self._files = PackedFiles(reader, layout, dtype) if shared_files and layout else None
         for layer, experts in held.items():
             for expert in experts:
                 self.load(layer, expert)
@@ -64,6 +62,8 @@ class ExpertStore:
     def reload(self, layer: int, expert: int) -> None:
         """Read and pack one expert anew, if it is here: its weights in memory are not to be trusted."""
         if self.holds(layer, expert):
+            if self._files is not None:
+                self._files.forget(layer, expert)
             self._put(layer, expert, self._read(layer, expert))
 
     def drop(self, layer: int, expert: int) -> None:
@@ -71,14 +71,23 @@ class ExpertStore:
         with self._changing:
             self._layers[layer] = {id: packed for id, packed in self._layers[layer].items() if id != expert}
 
-    def _read(self, layer: int, expert: int) -> _Expert:
+    def _read(self, layer: int, expert: int) -> PackedExpert:
+        if self._files is None:
+            return self._pack(layer, expert)
+        if (mapped := self._files.read(layer, expert)) is not None:
+            return mapped
+        packed = self._pack(layer, expert)
+        self._files.write(layer, expert, packed)
+        return self._files.read(layer, expert) or packed
+
+    def _pack(self, layer: int, expert: int) -> PackedExpert:
         prefix = f"model.layers.{layer}.mlp.experts.{expert}"
         gate, up, down = (
             self._reader.tensor(f"{prefix}.{part}_proj.weight", self._dtype) for part in ("gate", "up", "down")
         )
-        return _Expert(self.kernels.pack([torch.cat([gate, up])]), self.kernels.pack([down]))
+        return PackedExpert(self.kernels.pack([torch.cat([gate, up])]), self.kernels.pack([down]))
 
-    def _put(self, layer: int, expert: int, packed: _Expert) -> None:
+    def _put(self, layer: int, expert: int, packed: PackedExpert) -> None:
         """In a new dictionary each time: whoever computes keeps the one it looked up."""
         with self._changing:
             self._layers[layer] = {**self._layers.get(layer, {}), expert: packed}

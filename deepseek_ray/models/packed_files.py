@@ -1,0 +1,140 @@
+"""Packed experts as files of this node, mapped into every process that needs them.
+
+Whoever packs an expert first writes it down; everybody after that - a replica, a standby, the next process of a shard -
+maps the file, in milliseconds, and all share its pages. One file per expert: a header, the packed gate and up
+projection, the packed down projection.
+
+The folder is named after everything that the contents depend on: layout, dtype, the checkpoint's files, and this boot
+of the machine. A file is renamed into place when it is whole, but not forced to disk, so after a power cut it may not
+be; files of an earlier boot are therefore never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepseek_ray.kernels.base import PackedWeight
+from deepseek_ray.kernels.native import cache_directory
+from deepseek_ray.models.checkpoint import CheckpointReader
+
+logger = logging.getLogger(__name__)
+
+_HEADER = struct.Struct("<4sI6q")
+"""Magic, version, then (bytes, outputs, inputs) of each of the two weights."""
+_MAGIC, _VERSION = b"DSRP", 1
+_ALIGNMENT = 64
+_MOST_FOLDERS = 8
+"""Checkpoints whose packed experts are kept; the one unused for longest goes first."""
+_LEAST_FREE = 0.1
+"""Part of the disk that stays free: with less, nothing is written."""
+
+
+class PackedExpert(NamedTuple):
+    gate_up: PackedWeight
+    down: PackedWeight
+
+
+class PackedFiles:
+    """The packed experts of one checkpoint, in one layout and dtype, on this node."""
+
+    def __init__(self, reader: CheckpointReader, layout: str, dtype: torch.dtype, root: Path | None = None) -> None:
+        """`layout` names how the kernels pack; another layout has other files."""
+        self._dtype = dtype
+        root = root or cache_directory() / "packed"
+        self._folder = root / _key(reader, layout, dtype)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            os.utime(self._folder)
+            _prune(root)
+        except OSError as error:
+            logger.warning("packed experts are not kept in %s: %s", root, error)
+
+    def read(self, layer: int, expert: int) -> PackedExpert | None:
+        """Map an expert; None when it was not written yet, or is not what it should be."""
+        path = self._path(layer, expert)
+        try:
+            content = np.memmap(path, np.uint8, mode="c")  # private: who writes to the weights changes no file
+            magic, version, *sizes = _HEADER.unpack(content[: _HEADER.size].tobytes())
+        except (OSError, ValueError, struct.error):
+            return None
+        start, weights = _ALIGNMENT, []
+        for count, num_out, num_in in (sizes[:3], sizes[3:]):
+            raw = torch.from_numpy(content[start : start + count]).view(self._dtype)
+            weights.append((raw, num_out, num_in))
+            start += _aligned(count)
+        if (magic, version) != (_MAGIC, _VERSION) or start != len(content):
+            return None
+        return PackedExpert(*(_packed(raw, num_out, num_in) for raw, num_out, num_in in weights))
+
+    def write(self, layer: int, expert: int, packed: PackedExpert) -> None:
+        """Keep an expert for others. A disk that is full or read-only is said and otherwise ignored."""
+        path = self._path(layer, expert)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            usage = shutil.disk_usage(self._folder)
+            if usage.free < _LEAST_FREE * usage.total:
+                return
+            with scratch.open("wb") as file:
+                file.write(_header(packed))
+                for weight in packed:
+                    raw = weight.data.contiguous().view(torch.uint8).numpy().reshape(-1)
+                    file.write(raw.data)
+                    file.write(b"\0" * (_aligned(raw.nbytes) - raw.nbytes))
+            os.replace(scratch, path)
+        except OSError as error:
+            with suppress(OSError):
+                scratch.unlink()
+            logger.warning("packed expert %d of layer %d is not kept: %s", expert, layer, error)
+
+    def forget(self, layer: int, expert: int) -> None:
+        """The file is not to be trusted; processes that have mapped it keep what they see."""
+        self._path(layer, expert).unlink(missing_ok=True)
+
+    def _path(self, layer: int, expert: int) -> Path:
+        return self._folder / f"{layer}-{expert}"
+
+
+def _packed(raw: Tensor, num_out: int, num_in: int) -> PackedWeight:
+    return PackedWeight(raw.unsqueeze(0), 1, num_out, num_in)
+
+
+def _header(packed: PackedExpert) -> bytes:
+    sizes: list[int] = []
+    for weight in packed:
+        sizes += [weight.data.numel() * weight.data.itemsize, weight.num_out, weight.num_in]
+    return _HEADER.pack(_MAGIC, _VERSION, *sizes).ljust(_ALIGNMENT, b"\0")
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
+def _key(reader: CheckpointReader, layout: str, dtype: torch.dtype) -> str:
+    parts: Sequence[object] = (layout, str(dtype), _VERSION, _boot(), reader.identity())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"no boot id, process {os.getpid()}"  # then nothing is shared
+
+
+def _prune(root: Path) -> None:
+    folders = sorted(root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for folder in folders[_MOST_FOLDERS:]:
+        shutil.rmtree(folder, ignore_errors=True)

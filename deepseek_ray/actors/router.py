@@ -159,10 +159,18 @@ class Router:
         return {**self._membership.stats(), "router/0": {"in_flight": self._admission.in_flight}}
 
     async def _command(self, change: Callable[..., Plan], **wish: Any) -> dict[str, Any]:
-        """Change the plan; what cannot be done raises DeploymentError and changes nothing."""
-        now = time.monotonic()
-        plan = change(self._membership.plan, loads=self._load.loads(now), **wish)
-        self._membership.replan(plan, now)
+        """Change the plan; what cannot be done raises DeploymentError and changes nothing.
+
+        In a thread: placing the experts of a large model takes seconds. If the plan has changed meanwhile - a shard was
+        lost, say - the decision is made again.
+        """
+        loads = self._load.loads(time.monotonic())
+        while True:
+            plan = self._membership.plan
+            changed = await asyncio.to_thread(change, plan, loads=loads, **wish)
+            if self._membership.plan is plan:
+                break
+        self._membership.replan(changed, time.monotonic())
         self._enact()
         return await self.status()
 

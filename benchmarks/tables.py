@@ -131,8 +131,8 @@ def strategies_section(result: dict[str, Any]) -> str:
         "",
         f"{_machine(result)}, one thread per worker, {result['parameters'] / 1e6:.1f} M parameters, {result['steps']} "
         f"steps in float32 (`{result['file']}`). One worker holds {result['bytes_of_one_worker'] / 1e6:.1f} MB of "
-        "weights, gradients and optimiser state. Losses differ by the order of sums alone. Bytes are those of the fuller "
-        "worker.",
+        "weights, gradients and optimiser state. Losses differ by the order of sums alone. Bytes are those of the "
+        "fuller worker.",
         "",
         "| strategy | largest loss difference, nats | MB per worker | tokens/s against ddp |",
         "|---|---|---|---|",

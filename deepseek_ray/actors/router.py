@@ -60,6 +60,7 @@ class Router:
         self._admission = Admission(max_in_flight=config.engine.max_num_seqs + config.engine.max_waiting)
         self._leases = Leases(config.orphan_timeout_seconds, started=time.monotonic())
         self._exporter = MetricsExporter(model_name=self._record.description.served_model_name)
+        self._rebalanced = time.monotonic()
         self._handles: dict[tuple[Role, int], Any] = {}
         self._enacted = (0, 0)
         """Revision of the plan and epoch of the table that members were told of."""
@@ -132,7 +133,7 @@ class Router:
     async def drain(self, role: str, id: int) -> dict[str, Any]:
         return await self._command(commands.drain, role=role, id=id)
 
-    async def rebalance(self, extra_replicas: int, min_replicas: int) -> dict[str, Any]:
+    async def rebalance(self, extra_replicas: int | None, min_replicas: int | None) -> dict[str, Any]:
         return await self._command(commands.rebalance, extra_replicas=extra_replicas, min_replicas=min_replicas)
 
     async def settled(self) -> bool:
@@ -174,6 +175,12 @@ class Router:
         self._enact()
         return await self.status()
 
+    async def _rebalance_now_and_then(self, now: float) -> None:
+        interval = self._record.config.rebalance_interval_seconds
+        if interval is not None and now - self._rebalanced > interval and self._membership.settled(now):
+            self._rebalanced = now
+            await self.rebalance(None, None)
+
     def _enact(self) -> None:
         """Make a changed plan real, and let members ask at once for what has changed."""
         plan, now = self._membership.plan, (self._membership.plan.revision, self._membership.epoch)
@@ -207,6 +214,7 @@ class Router:
             now = time.monotonic()
             self._membership.tick(now, self._admission.in_flight_of)
             self._enact()
+            await self._rebalance_now_and_then(now)
             export_router(self._exporter, self._membership, self._admission, now)
             record = read_record(self._name)
             replaced = record is None or record.instance != self._record.instance

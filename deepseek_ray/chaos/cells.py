@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepseek_ray.actors.deployment import change_deployment
-from deepseek_ray.chaos.nemesis import CHANGE_SECONDS, Nemesis
+from deepseek_ray.chaos.nemesis import Nemesis
 
 
 @dataclass(frozen=True)
@@ -18,14 +17,8 @@ class Cell:
     strike: Callable[[Nemesis], None]
     config: Mapping[str, Any] = field(default_factory=dict)
     """What differs from one attention worker and two expert shards."""
-    prepare: Callable[[str], Any] = lambda deployment: None
-    """Called with the deployment's name before the clients come."""
     promised_stall: float | None = None
     """Longest median stall that is promised, seconds."""
-
-
-def _two_replicas(deployment: str) -> None:
-    change_deployment(deployment, "rebalance", 0, 2, wait_seconds=CHANGE_SECONDS)
 
 
 CELLS = {
@@ -33,7 +26,7 @@ CELLS = {
     "kill-shard-replica": Cell(
         "SIGKILL expert shard, replica there",
         lambda nemesis: nemesis.kill("expert_shard"),
-        prepare=_two_replicas,
+        config={"expert_replicas": 2},
         promised_stall=0.3,
     ),
     "kill-shard-standby": Cell(
@@ -53,7 +46,7 @@ CELLS = {
     "stop-shard-replica": Cell(
         "SIGSTOP expert shard 10 s, replica there",
         lambda nemesis: nemesis.stop("expert_shard", 10.0),
-        prepare=_two_replicas,
+        config={"expert_replicas": 2},
         promised_stall=1.0,
     ),
     "scale": Cell("scale 2 -> 3 -> 2 expert shards", lambda nemesis: nemesis.command("scale", (None, 3), (None, 2))),

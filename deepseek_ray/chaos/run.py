@@ -71,7 +71,6 @@ def run_cell(
     """Start the cell's deployment on the joined cluster, strike it `settings.runs` times, and end it."""
     deployment = start_deployment(config.model_copy(update=dict(cell.config)))
     try:
-        cell.prepare(deployment.name)
         results = []
         for number in range(settings.runs):
             _wait_settled(deployment)

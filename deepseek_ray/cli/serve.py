@@ -38,6 +38,9 @@ def serve(
     expert_shards: Annotated[int, typer.Option(help="Processes that share the routed experts.")] = _default(
         "expert_shards"
     ),
+    expert_replicas: Annotated[int, typer.Option(help="Expert shards that hold each expert.")] = _default(
+        "expert_replicas"
+    ),
     standby_shards: Annotated[
         int, typer.Option(help="Processes that wait to take the place of an expert shard that is lost.")
     ] = _default("standby_shards"),
@@ -97,6 +100,7 @@ def serve(
             "dtype": dtype,
             "attention_workers": attention_workers,
             "expert_shards": expert_shards,
+            "expert_replicas": expert_replicas,
             "standby_shards": standby_shards,
             "threads": threads,
             "engine": EngineConfig.parse({"max_model_len": max_model_len, "kv_cache_bytes": kv_cache_bytes}, "serve"),

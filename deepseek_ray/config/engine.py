@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deepseek_ray.config.base import FrozenConfig
 
@@ -45,6 +45,12 @@ class DeploymentConfig(FrozenConfig):
     """Processes that own attention and the KV cache, each of its own sequences."""
     expert_shards: int = Field(default=2, ge=1)
     """Processes among which the routed experts of every layer are divided."""
+    expert_replicas: int = Field(default=1, ge=1)
+    """Expert shards that hold each expert; with 2 the loss of one shard is not waited for."""
+    extra_replicas: int = Field(default=0, ge=0)
+    """Replicas that a layer may have beyond these, for the experts that have most to do."""
+    rebalance_interval_seconds: float | None = Field(default=None, gt=0)
+    """How often experts are moved to where the load asks for it; None leaves it to `deepseek-ray rebalance`."""
     standby_shards: int = Field(default=0, ge=0)
     """Processes that hold no experts and take the place of an expert shard that is lost."""
     attention_labels: dict[str, str] = Field(default_factory=dict)
@@ -68,3 +74,12 @@ class DeploymentConfig(FrozenConfig):
     request_timeout_seconds: float = Field(default=600.0, gt=0)
     """Deadline of a request that brings none; also the longest a request may ask for."""
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.expert_replicas > self.expert_shards:
+            raise ValueError(
+                f"expert_replicas is {self.expert_replicas} and expert_shards {self.expert_shards}; each replica needs "
+                "a shard of its own: raise expert_shards"
+            )
+        return self

@@ -12,6 +12,7 @@ from deepseek_ray.control.plan import (
     Role,
     add_shards,
     add_workers,
+    capacities,
     drain_shard,
     drain_worker,
     require_drainable,
@@ -52,37 +53,40 @@ def drain(plan: Plan, role: str, id: int, loads: Loads) -> Plan:
     if id not in plan.shards:
         return drain_shard(plan, id, plan.placement)
     require_drainable(plan, id)
-    change = placements.drain(plan.placement, capacities(plan), id, _useful(loads))
+    change = placements.drain(
+        plan.placement, _capacities(plan), id, _useful(loads), min_replicas=min(plan.min_replicas, len(plan.shards) - 1)
+    )
     return drain_shard(plan, id, change.placement)
 
 
-def rebalance(plan: Plan, loads: Loads, extra_replicas: int = 0, min_replicas: int = 1) -> Plan:
-    """Experts where they make the busiest shard less busy, with few moves; see `expert_parallel/rebalance.py`."""
+def rebalance(plan: Plan, loads: Loads, extra_replicas: int | None = None, min_replicas: int | None = None) -> Plan:
+    """Experts where they make the busiest shard less busy, with few moves; see `expert_parallel/rebalance.py`.
+
+    Numbers of replicas that are given hold from now on; None leaves them as they are.
+    """
+    extra = plan.extra_replicas if extra_replicas is None else extra_replicas
+    copies = plan.min_replicas if min_replicas is None else min_replicas
     change = placements.rebalance(
-        plan.placement,
-        capacities(plan),
-        _useful(loads),
-        extra_replicas=extra_replicas,
-        min_replicas=min_replicas,
+        plan.placement, _capacities(plan), _useful(loads), extra_replicas=extra, min_replicas=copies
     )
+    if (extra, copies) != (plan.extra_replicas, plan.min_replicas):
+        plan = plan.changed(extra_replicas=extra, min_replicas=copies)
     return with_placement(plan, change.placement)
 
 
 def replicate(plan: Plan, layer: int, expert: int, shard: int) -> Plan:
     """One more replica of an expert."""
-    return with_placement(plan, placements.replicate(plan.placement, capacities(plan), layer, expert, shard).placement)
+    return with_placement(plan, placements.replicate(plan.placement, _capacities(plan), layer, expert, shard).placement)
 
 
 def move(plan: Plan, layer: int, expert: int, source: int, destination: int) -> Plan:
     """A replica of an expert from one shard to another."""
-    change = placements.move(plan.placement, capacities(plan), layer, expert, source, destination)
+    change = placements.move(plan.placement, _capacities(plan), layer, expert, source, destination)
     return with_placement(plan, change.placement)
 
 
-def capacities(plan: Plan) -> list[ShardCapacity]:
-    """What each shard can take: all alike, and room for every expert."""
-    everything = sum(len(experts) for experts in plan.placement.values())
-    return [ShardCapacity(id, speed=1.0, slots=everything) for id in plan.shards]
+def _capacities(plan: Plan) -> list[ShardCapacity]:
+    return capacities(plan.placement, plan.shards)
 
 
 def _scale_workers(plan: Plan, count: int) -> Plan:
@@ -97,7 +101,7 @@ def _scale_shards(plan: Plan, count: int, loads: Loads) -> Plan:
     if count > len(plan.shards):
         plan = add_shards(plan, count - len(plan.shards))
         new = [id for id in plan.shards if not any(id in shards for e in plan.placement.values() for shards in e)]
-        change = placements.spread(plan.placement, capacities(plan), new, _useful(loads))
+        change = placements.spread(plan.placement, _capacities(plan), new, _useful(loads))
         return with_placement(plan, change.placement)
     role: Role = "expert_shard"
     for shard in _youngest(plan.shards, len(plan.shards) - count):

@@ -12,6 +12,8 @@ import msgspec
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel.placement import Placement, contiguous_placement
+from deepseek_ray.expert_parallel.rebalance import rebalance
+from deepseek_ray.expert_parallel.replicas import ShardCapacity
 
 Role = Literal["router", "attention_worker", "expert_shard"]
 
@@ -33,6 +35,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """End when nobody asks them any more."""
     next_worker: int
     next_shard: int
+    min_replicas: int = 1
+    """Shards that shall hold each expert, as far as there are enough."""
+    extra_replicas: int = 0
+    """Replicas that a layer may have beyond these."""
     placement: Placement
 
     @property
@@ -50,16 +56,32 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def initial_plan(moe_layers: Sequence[int], num_experts: int, config: DeploymentConfig) -> Plan:
-    """As many members as `config` says, experts in equal runs. DeploymentError: more shards than experts."""
+    """As many members as `config` says, experts in equal runs and then replicated without regard to load.
+
+    DeploymentError: more shards than experts.
+    """
     workers, shards, standbys = config.attention_workers, config.expert_shards, config.standby_shards
+    placement = contiguous_placement(moe_layers, num_experts, range(shards))
+    if config.expert_replicas > 1 and placement:
+        placement = rebalance(
+            placement, capacities(placement, range(shards)), min_replicas=config.expert_replicas
+        ).placement
     return Plan(
+        min_replicas=config.expert_replicas,
+        extra_replicas=config.extra_replicas,
         workers=tuple(range(workers)),
         shards=tuple(range(shards)),
         standbys=tuple(range(shards, shards + standbys)),
         next_worker=workers,
         next_shard=shards + standbys,
-        placement=contiguous_placement(moe_layers, num_experts, range(shards)),
+        placement=placement,
     )
+
+
+def capacities(placement: Placement, shards: Sequence[int]) -> list[ShardCapacity]:
+    """What each shard can take: all alike, and room for every expert."""
+    everything = sum(len(experts) for experts in placement.values())
+    return [ShardCapacity(id, speed=1.0, slots=everything) for id in shards]
 
 
 def with_placement(plan: Plan, placement: Placement) -> Plan:

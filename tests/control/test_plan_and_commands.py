@@ -11,7 +11,7 @@ import pytest
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.control import commands
 from deepseek_ray.control.plan import Plan, initial_plan, take_over, with_placement, without_member
-from deepseek_ray.errors import DeploymentError
+from deepseek_ray.errors import ConfigError, DeploymentError
 from deepseek_ray.expert_parallel.placement import experts_of_shard
 
 NO_LOADS = {1: np.zeros(8), 2: np.zeros(8)}
@@ -42,6 +42,25 @@ def test_a_plan_begins_with_what_the_configuration_says() -> None:
     assert counts(first) == {0: [3, 3], 1: [3, 3], 2: [2, 2]}
     with pytest.raises(DeploymentError, match="9 expert shards for 8 routed experts"):
         plan(expert_shards=9)
+
+
+def test_replicas_from_the_start_and_ever_after() -> None:
+    first = plan(expert_shards=3, expert_replicas=2)
+    assert all(len(shards) == 2 for experts in first.placement.values() for shards in experts)
+    for layer in range(2):
+        assert max(held[layer] for held in counts(first).values()) <= 1.2 * 16 / 3, (
+            "even but for what is not worth a move"
+        )
+    smaller = commands.scale(first, NO_LOADS, shards=2)
+    assert all(len(shards) == 2 for experts in smaller.placement.values() for shards in experts)
+    alone = commands.scale(smaller, NO_LOADS, shards=1)
+    assert all(shards == (0,) for experts in alone.placement.values() for shards in experts)
+    back = commands.rebalance(commands.scale(alone, NO_LOADS, shards=2), NO_LOADS)
+    assert all(len(shards) == 2 for experts in back.placement.values() for shards in experts)
+    once = commands.rebalance(back, NO_LOADS, min_replicas=1)
+    assert (once.min_replicas, once.placement == back.placement) == (1, False)
+    with pytest.raises(ConfigError, match="expert_replicas is 3 and expert_shards 2"):
+        DeploymentConfig.parse({"model_dir": "m", "expert_replicas": 3}, "test")
 
 
 def test_plans_survive_the_key_value_store() -> None:

@@ -56,7 +56,11 @@ class ExpertShard:
             error=self._loader.error,
             endpoints=self._listener.endpoints,
             held=self._store.held,
-            stats={"calls": self._service.num_calls, "pairs": self._service.num_pairs},
+            stats={
+                "calls": self._service.num_calls,
+                "pairs": self._service.num_pairs,
+                "compute_seconds": self._service.compute_seconds,
+            },
         )
 
     @property

@@ -29,9 +29,11 @@ from deepseek_ray.actors.record import (
 from deepseek_ray.actors.router_metrics import export_router
 from deepseek_ray.control import commands
 from deepseek_ray.control.admission import Admission
+from deepseek_ray.control.autoscale import AutoscalePolicy, Observer
 from deepseek_ray.control.lease import Leases
 from deepseek_ray.control.membership import Directive, MemberReport, Membership, WorkerView
 from deepseek_ray.control.plan import Plan, Role, initial_plan
+from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel.load import ExpertLoad
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class Router:
         self._leases = Leases(config.orphan_timeout_seconds, started=time.monotonic())
         self._exporter = MetricsExporter(model_name=self._record.description.served_model_name)
         self._rebalanced = time.monotonic()
+        self._observer = Observer()
+        self._autoscale = AutoscalePolicy(config.autoscale) if config.autoscale else None
         self._handles: dict[tuple[Role, int], Any] = {}
         self._enacted = (0, 0)
         """Revision of the plan and epoch of the table that members were told of."""
@@ -181,6 +185,15 @@ class Router:
             self._rebalanced = now
             await self.rebalance(None, None)
 
+    async def _follow_the_load(self, now: float) -> None:
+        plan = self._membership.plan
+        seen = self._observer.observe(self._membership.stats(), len(plan.workers), len(plan.shards), now)
+        if self._autoscale is None or seen is None or not self._membership.settled(now):
+            return
+        if (decision := self._autoscale.decide(seen, now)) is not None:
+            logger.info("autoscaling: %s after %s", decision, seen)
+            await self.scale(decision.workers, decision.shards)
+
     def _enact(self) -> None:
         """Make a changed plan real, and let members ask at once for what has changed."""
         plan, now = self._membership.plan, (self._membership.plan.revision, self._membership.epoch)
@@ -214,7 +227,11 @@ class Router:
             now = time.monotonic()
             self._membership.tick(now, self._admission.in_flight_of)
             self._enact()
-            await self._rebalance_now_and_then(now)
+            try:
+                await self._rebalance_now_and_then(now)
+                await self._follow_the_load(now)
+            except DeploymentError as error:  # what the limits ask for is impossible; the house is kept all the same
+                logger.warning("%s", error)
             export_router(self._exporter, self._membership, self._admission, now)
             record = read_record(self._name)
             replaced = record is None or record.instance != self._record.instance

@@ -30,6 +30,33 @@ class EngineConfig(FrozenConfig):
     """Seed of requests that bring none (mixed with the request id)."""
 
 
+class AutoscaleConfig(FrozenConfig):
+    """Limits within which a deployment follows its load; see `control/autoscale.py`."""
+
+    min_workers: int = Field(default=1, ge=1)
+    """Fewest attention workers."""
+    max_workers: int = Field(default=4, ge=1)
+    """Most attention workers."""
+    min_shards: int = Field(default=1, ge=1)
+    """Fewest expert shards."""
+    max_shards: int = Field(default=8, ge=1)
+    """Most expert shards."""
+    up_seconds: float = Field(default=5.0, ge=0)
+    """How long there must be too much to do before one is added."""
+    down_seconds: float = Field(default=120.0, ge=0)
+    """How long there must be too little before one ends."""
+    rest_seconds: float = Field(default=30.0, ge=0)
+    """After a change the next one waits this long, so that its effect is seen."""
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        for role in ("workers", "shards"):
+            least, most = getattr(self, f"min_{role}"), getattr(self, f"max_{role}")
+            if least > most:
+                raise ValueError(f"min_{role} is {least} and max_{role} {most}; raise max_{role}")
+        return self
+
+
 class DeploymentConfig(FrozenConfig):
     """One served model: a router, attention workers and expert shards."""
 
@@ -51,6 +78,8 @@ class DeploymentConfig(FrozenConfig):
     """Replicas that a layer may have beyond these, for the experts that have most to do."""
     rebalance_interval_seconds: float | None = Field(default=None, gt=0)
     """How often experts are moved to where the load asks for it; None leaves it to `deepseek-ray rebalance`."""
+    autoscale: AutoscaleConfig | None = None
+    """Follow the load between these limits; None keeps the numbers above until `deepseek-ray scale`."""
     standby_shards: int = Field(default=0, ge=0)
     """Processes that hold no experts and take the place of an expert shard that is lost."""
     attention_labels: dict[str, str] = Field(default_factory=dict)

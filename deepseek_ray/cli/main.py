@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from deepseek_ray import __version__
+from deepseek_ray.cli.admin import admin
 from deepseek_ray.cli.batch import batch
 from deepseek_ray.cli.chaos import chaos
 from deepseek_ray.cli.chat import chat
@@ -53,6 +54,7 @@ app.command()(scale)
 app.command()(drain)
 app.command()(rebalance)
 app.command()(experts)
+app.command()(admin)
 app.command()(chat)
 app.command()(complete)
 app.command()(doctor)

@@ -167,6 +167,10 @@ def test_changes_without_a_server(tmp_path: Path, arguments: list[str]) -> None:
     refused(run(*arguments, XDG_RUNTIME_DIR=str(tmp_path)), "no server of any deployment runs here", "--address")
 
 
+def test_admin_wants_a_key(tmp_path: Path) -> None:
+    refused(run("admin", XDG_RUNTIME_DIR=str(tmp_path)), "needs a key", "DEEPSEEK_RAY_ADMIN_KEY", "--key-file")
+
+
 def test_scale_wants_a_number(tmp_path: Path) -> None:
     refused(run("scale", XDG_RUNTIME_DIR=str(tmp_path)), "give --expert-shards", status=2)
 

@@ -149,12 +149,13 @@ class Membership:
         for id in self.plan.leaving_workers:
             since = self._leaving_since.setdefault(id, now)
             if in_flight(id) == 0 or now - since > self.drain_seconds:
-                self._forget("attention_worker", id, now)
+                self._forget("attention_worker", id)
         for id in self.plan.leaving_shards:
             named = any(id in shards for experts in self._published.values() for shards in experts)
             if not named and self._settled(now):
-                self._forget("expert_shard", id, now)
-        self._publish(now)
+                self._forget("expert_shard", id)
+        if self._live_shards(now).keys() != self._addresses.keys():
+            self._publish(now)
 
     def settled(self, now: float) -> bool:
         """Whether the plan is in force: every member there, every expert where it should be, all workers told."""
@@ -270,7 +271,7 @@ class Membership:
                 self.plan = take_over(msgspec.structs.replace(plan, standbys=tuple(order)), id)
                 self._publish(now)
 
-    def _forget(self, role: Role, id: int, now: float) -> None:
+    def _forget(self, role: Role, id: int) -> None:
         """A leaving member is done: its next report is answered with the way out."""
         self.plan = without_member(self.plan, role, id)
         self._members.pop((role, id), None)

@@ -55,15 +55,17 @@ def _measure(cell: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| fault | runs x streams | in flight | failed requests | wrong tokens | stall, median (worst) | promised |",
-        "|---|---|---|---|---|---|---|",
+        "| fault | runs x streams | in flight | failed requests | wrong tokens | stall, median (worst) | promised "
+        "| p90 gap during / before |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
         stall = "-" if row["stall_median"] is None else f"{row['stall_median']:.2f} s ({row['stall_worst']:.2f} s)"
         promised = "-" if row["promised_stall"] is None else f"{row['promised_stall']:g} s"
+        gap = "-" if row["gap_p90_ratio"] is None else f"{row['gap_p90_ratio']:.2f}"
         lines.append(
             f"| {row['fault']} | {row['runs']} x {row['streams']} | {row['in_flight']} | {row['failed']} | "
-            f"{row['wrong']} | {stall} | {promised} |"
+            f"{row['wrong']} | {stall} | {promised} | {gap} |"
         )
     return "\n".join(lines)
 

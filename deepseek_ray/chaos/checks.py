@@ -54,6 +54,21 @@ def stalls(history: History) -> list[float]:
     return [seconds for seconds in found if seconds is not None]
 
 
+def gaps_before_and_during(history: History) -> tuple[list[float], list[float]]:
+    """Seconds between tokens of one stream: before the run's first fault, and while the nemesis acted."""
+    if not history.faults:
+        return [], []
+    struck, healed = history.faults[0].struck, history.faults[-1].healed
+    before, during = [], []
+    for call in history.calls:
+        for a, b in pairwise(arrival.time for arrival in call.arrivals):
+            if b <= struck:
+                before.append(b - a)
+            elif a < healed:
+                during.append(b - a)
+    return before, during
+
+
 def first_token_seconds(history: History) -> list[float]:
     """Of every call that was sent after the run's first fault struck."""
     if not history.faults:

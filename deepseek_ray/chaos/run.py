@@ -16,7 +16,7 @@ import msgspec
 from deepseek_ray.actors.deployment import Deployment, start_deployment
 from deepseek_ray.actors.request_session import DeploymentClient
 from deepseek_ray.chaos.cells import Cell
-from deepseek_ray.chaos.checks import Violation, check, first_token_seconds, stalls
+from deepseek_ray.chaos.checks import Violation, check, first_token_seconds, gaps_before_and_during, stalls
 from deepseek_ray.chaos.clients import Case, Clients
 from deepseek_ray.chaos.history import History, Reference
 from deepseek_ray.chaos.nemesis import Nemesis
@@ -45,6 +45,9 @@ class RunResult(msgspec.Struct, kw_only=True):
     stalls: list[float]
     first_token_seconds: list[float]
     """Of the calls that were sent after the fault."""
+    gap_p90_before: float | None
+    """90th percentile of the seconds between tokens, before the fault and while it lasted; None without any."""
+    gap_p90_during: float | None
     fault_seconds: float
     """From the beginning of the fault to the nemesis' last act."""
 
@@ -107,7 +110,10 @@ async def _run_once(
 
 def _judge(history: History, references: Sequence[Reference]) -> RunResult:
     held_up = stalls(history)
+    before, during = gaps_before_and_during(history)
     return RunResult(
+        gap_p90_before=_p90(before),
+        gap_p90_during=_p90(during),
         seed=history.seed,
         calls=len(history.calls),
         in_flight=len(held_up),
@@ -116,6 +122,10 @@ def _judge(history: History, references: Sequence[Reference]) -> RunResult:
         first_token_seconds=first_token_seconds(history),
         fault_seconds=sum(fault.healed - fault.struck for fault in history.faults),
     )
+
+
+def _p90(values: Sequence[float]) -> float | None:
+    return statistics.quantiles(values, n=10)[-1] if len(values) >= 10 else None
 
 
 def _wait_settled(deployment: Deployment) -> None:
@@ -135,6 +145,7 @@ def summarise(title: str, results: Sequence[RunResult]) -> dict[str, Any]:
     kinds = Counter(violation.kind for result in results for violation in result.violations)
     held_up = [seconds for result in results for seconds in result.stalls]
     first = [seconds for result in results for seconds in result.first_token_seconds]
+    ratios = [r.gap_p90_during / r.gap_p90_before for r in results if r.gap_p90_before and r.gap_p90_during]
     return {
         "fault": title,
         "runs": len(results),
@@ -145,6 +156,7 @@ def summarise(title: str, results: Sequence[RunResult]) -> dict[str, Any]:
         "left_over": kinds["left over"],
         "stall_median": statistics.median(held_up) if held_up else None,
         "stall_worst": max(held_up, default=None),
+        "gap_p90_ratio": statistics.median(ratios) if ratios else None,
         "first_token_median": statistics.median(first) if first else None,
         "first_token_worst": max(first, default=None),
     }

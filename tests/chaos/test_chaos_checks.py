@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deepseek_ray.chaos.checks import check, first_token_seconds, stall, stalls
+from deepseek_ray.chaos.checks import check, first_token_seconds, gaps_before_and_during, stall, stalls
 from deepseek_ray.chaos.history import Arrival, Call, Fault, History, Reference, read_history
 
 REFERENCES = [Reference([5, 6, 7, 8], [-0.5, -0.25, -1.0, -2.0])]
@@ -81,6 +81,14 @@ def test_only_streams_in_mid_generation_have_a_stall_and_only_later_calls_a_firs
     assert stalls(history) == [pytest.approx(0.5)]
     assert first_token_seconds(history) == [pytest.approx(0.2)]
     assert stalls(History(0, [early])) == []
+
+
+def test_gaps_are_sorted_by_the_time_of_the_fault() -> None:
+    stream = Call("a", 0, 0.0, 9.0, [Arrival(t, 0, [1], []) for t in (0.0, 1.0, 3.0, 3.5, 9.0)])
+    history = History(0, [stream], [Fault("f", "t", struck=2.0, healed=3.2), Fault("g", "t", struck=3.3, healed=3.4)])
+    # 0-1 ends before the fault; 1-3 and 3-3.5 overlap it; 3.5-9 begins when all is over.
+    assert gaps_before_and_during(history) == ([1.0], [2.0, 0.5])
+    assert gaps_before_and_during(History(0, [stream])) == ([], [])
 
 
 def test_histories_are_files(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ class Shards:
         self.incarnation = {0: 0, 1: 0}
         self.answers = {0: threading.Event(), 1: threading.Event()}
         """Cleared, a shard takes calls and answers none until it is set."""
+        self.copies = 1
+        """How often each answer is sent."""
         self.directory = ShardDirectory()
         self.epoch = 0
         for shard in range(2):
@@ -66,7 +68,7 @@ class Shards:
         self.stores[shard] = store
         if self._poison is not None:
             self._add_poison(shard, store)
-        listener = _Recording(self._listeners[shard], self._links[shard], self.answers[shard])
+        listener = _Recording(self._listeners[shard], self._links[shard], self.answers[shard], lambda: self.copies)
         ExpertService(listener, store, HIDDEN).start()
         return store
 
@@ -119,8 +121,10 @@ class Shards:
 class _Recording:
     """A listener that remembers the links it handed out, so that a test can cut them or hold their answers back."""
 
-    def __init__(self, listener: Listener, links: list[Link], answers: threading.Event) -> None:
-        self._listener, self._links, self._answers = listener, links, answers
+    def __init__(
+        self, listener: Listener, links: list[Link], answers: threading.Event, copies: Callable[[], int]
+    ) -> None:
+        self._listener, self._links, self._answers, self._copies = listener, links, answers, copies
 
     def accept(self, timeout: float | None = None) -> Link | None:
         link = self._listener.accept(timeout)
@@ -130,7 +134,8 @@ class _Recording:
 
             def send_when_allowed(frame: Frame) -> None:
                 self._answers.wait()
-                send(frame)
+                for _ in range(self._copies()):
+                    send(frame)
 
             link.send = send_when_allowed  # type: ignore[method-assign]
         return link
@@ -311,6 +316,16 @@ def test_an_overdue_call_goes_to_the_replica_and_its_late_answer_is_dropped(
         rows = backend.combine(backend.dispatch(LAYER, other, other_ids))
         assert torch.equal(rows, local_rows(reader, other, other_ids))
         frames = backend.num_frames - before
+    backend.close()
+
+
+def test_answers_that_come_twice_change_nothing(shards: Shards, reader: CheckpointReader) -> None:
+    """The second copies arrive while later calls wait, whose places they must not take."""
+    shards.copies = 2
+    backend = shards.backend()
+    for seed in range(5):
+        hidden, ids = work(6, seed)
+        assert torch.equal(backend.combine(backend.dispatch(LAYER, hidden, ids)), local_rows(reader, hidden, ids))
     backend.close()
 
 

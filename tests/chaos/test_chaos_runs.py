@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 
+from deepseek_ray.chaos.cases import make_cases, make_references
 from deepseek_ray.chaos.cells import CELLS
+from deepseek_ray.chaos.history import read_history
+from deepseek_ray.chaos.run import ChaosSettings, run_cell
+from deepseek_ray.config.engine import DeploymentConfig
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.fakes import BYTE_EOS, write_byte_tokenizer
 
@@ -51,11 +55,19 @@ def assert_kept(rows: list[dict[str, Any]], said: str) -> None:
             assert row["in_flight"] > 0, "the fault found no stream in mid-generation"
 
 
-def test_a_killed_shard_with_a_standby_breaks_no_promise(trained_model: Path, tmp_path: Path) -> None:
-    code, rows, said = chaos(trained_model, "--cell", "kill-shard-standby", "--history", str(tmp_path / "seen"))
-    assert code == 0, said
-    assert_kept(rows, said)
-    assert len(list((tmp_path / "seen").glob("*.json"))) == 1
+def test_a_killed_shard_with_a_replica_breaks_no_promise(
+    ray_cluster: None, trained_model: Path, tmp_path: Path
+) -> None:
+    cases = make_cases(trained_model, count=28, num_tokens=60)
+    references = make_references(trained_model, "float32", cases)
+    config = DeploymentConfig(name="chaos-test", model_dir=str(trained_model), dtype="float32")
+    settings = ChaosSettings(streams=28, deadline_seconds=120, history_dir=tmp_path)
+    (result,) = run_cell(CELLS["kill-shard-replica"], config, cases, references, settings)
+    assert result.violations == []
+    assert result.in_flight == 28, "the fault found every stream in mid-generation"
+    assert len(result.first_token_seconds) == result.calls - 28 > 0
+    (seen,) = tmp_path.glob("*.json")
+    assert [fault.name for fault in read_history(seen).faults] == ["kill expert_shard"]
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def tuning(model: Path, folder: Path, *overrides: str) -> list[str]:
     return ["--config", "configs/finetune/lora.yaml", *(part for value in values for part in ("--set", value))]
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_tune_measure_and_generate(trained_model: Path, tmp_path: Path) -> None:
     tuned = job("finetune", *tuning(trained_model, tmp_path))

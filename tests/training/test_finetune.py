@@ -120,8 +120,8 @@ def test_gsm8k_answers_get_likelier(trained_model: Path, tmp_path: Path, lora: A
     """The trained tiny model on questions it was not trained on, before the first step and after the last."""
     train_file, held_out = gsm8k(tmp_path, 120, 16)
     fields = {"prompt_field": "question", "completion_field": "answer", "sequence_length": 448}
-    training = {"steps": 16, "global_batch_size": 4, "micro_batch_size": 4, "validation_interval": 16,
-                "checkpoint_interval": 16}  # fmt: skip
+    training = {"steps": 20, "global_batch_size": 4, "micro_batch_size": 4, "validation_interval": 20,
+                "checkpoint_interval": 20}  # fmt: skip
     config = settings(trained_model, tmp_path, train_file, held_out, data=fields, training=training, lora=lora, lr=lr)
     before = config.model_copy(update={"training": config.training.model_copy(update={"steps": 1})})
     before = before.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": 1e-12})})

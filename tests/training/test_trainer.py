@@ -140,6 +140,13 @@ def test_killed_worker_and_killed_driver_leave_the_curve_as_it_was(tmp_path: Pat
     assert losses(run_dir) == losses(tmp_path / "undisturbed")
 
 
+def test_a_loop_that_diverges_raises_naming_the_learning_rate(tmp_path: Path) -> None:
+    config = small_config(optimizer={"lr": 1e30}, schedule={"floor": 1.0, "warmup_steps": 0})
+    with pytest.raises(TrainingError, match=r"step \d+: .*learning rate 1e\+30.*lower optimizer\.lr"):
+        train(config, tmp_path / "run", small_data(tmp_path / "corpus"), Ranks())
+
+
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_run_that_diverges_stops_at_once_with_one_clear_message(tmp_path: Path) -> None:
     config = small_config(

@@ -123,6 +123,7 @@ def test_cores_that_others_hold_are_said_to_be_missing(tmp_path: Path) -> None:
     wait_until_free()
 
 
+@pytest.mark.slow
 def test_architectures_are_measured_and_the_front_is_told(tmp_path: Path) -> None:
     space = {"model.num_hidden_layers": [1, 6], "model.first_k_dense_replace": 1}
     result = search_architecture(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import ray
 
-from deepseek_ray.actors.record import DeploymentRecord, ask_router, read_record, take_life
+from deepseek_ray.actors.record import DeploymentRecord, ask_router, newest_life, read_record, take_life
 from deepseek_ray.control.membership import Directive, MemberReport, Role
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,9 @@ class Member:
         if directive.generation < self._generation:
             return  # an older router that does not know it was replaced
         self._generation = directive.generation
+        if directive.replaced:
+            logger.warning("%s: another process has taken this one's place; ending", self._name)
+            os._exit(0)  # not `leave`: that would end the actor, and with it the other process
         if directive.exit:
             self.leave()
         self._obey(directive)
@@ -100,9 +103,13 @@ class Member:
             self.leave()
 
     def leave(self) -> None:
-        """End this process for good: Ray must not restart it. Does not return."""
+        """End the actor for good: Ray must not restart it. Does not return.
+
+        If another process is the actor by now - this one's node was cut off, and is back - only this process ends.
+        """
         try:
-            ray.kill(self._actor_id, no_restart=True)
-            time.sleep(_CALL_TIMEOUT_SECONDS)  # the kill arrives from outside; give it time before the hard way
+            if newest_life(self._name, self.identity.role, self.identity.id) <= self.identity.incarnation:
+                ray.kill(self._actor_id, no_restart=True)
+                time.sleep(_CALL_TIMEOUT_SECONDS)  # the kill arrives from outside; give it time before the hard way
         finally:
             os._exit(0)

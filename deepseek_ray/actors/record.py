@@ -129,11 +129,15 @@ def take_generation(name: str) -> int:
 
 def take_life(name: str, role: str, id: int) -> int:
     """1 for a member's first process, one more for each that replaces it."""
-    prefix = f"life/{name}/{role}/{id}/"
-    life = 1 + len(_internal_kv_list(prefix, namespace=NAMESPACE))
-    while _internal_kv_put(f"{prefix}{life}", b"1", overwrite=False, namespace=NAMESPACE):
+    life = 1 + newest_life(name, role, id)
+    while _internal_kv_put(f"life/{name}/{role}/{id}/{life}", b"1", overwrite=False, namespace=NAMESPACE):
         life += 1
     return life
+
+
+def newest_life(name: str, role: str, id: int) -> int:
+    """The last life that was taken; 0 without any."""
+    return len(_internal_kv_list(f"life/{name}/{role}/{id}/", namespace=NAMESPACE))
 
 
 def get_router(name: str) -> Any:

@@ -64,6 +64,9 @@ class Directive(msgspec.Struct, kw_only=True, frozen=True):
 
     generation: int
     exit: bool = False
+    """The member shall end for good."""
+    replaced: bool = False
+    """This process shall end: another one is the member now. A node that was cut off may still run the old one."""
     held: dict[int, list[int]] | None = None
     """For a shard that holds something else: layer -> experts it shall hold."""
     table: RoutingTable | None = None
@@ -120,7 +123,7 @@ class Membership:
         key = (report.role, report.id)
         before = self._members.get(key)
         if before and report.incarnation < before.report.incarnation:
-            return Directive(generation=self.generation, exit=True)  # a process that was already replaced
+            return Directive(generation=self.generation, replaced=True)
         last_ready = now if report.state == "ready" else (before.last_ready if before else None)
         self._members[key] = _Member(report, now, last_ready)
         if report.role == "expert_shard":

@@ -83,11 +83,13 @@ def test_a_restarted_shard_raises_the_epoch_once_it_holds_its_experts() -> None:
     assert state.table.version == (before[0], before[1] + 2)
 
 
-def test_a_process_that_was_replaced_is_told_to_exit() -> None:
+def test_a_process_that_was_replaced_ends_and_its_actor_does_not() -> None:
     state = membership()
     bring_up(state)
     state.observe(report("expert_shard", 0, incarnation=2), 1)
-    assert state.observe(report("expert_shard", 0, incarnation=1), 2).exit
+    directive = state.observe(report("expert_shard", 0, incarnation=1), 2)
+    assert directive.replaced
+    assert not directive.exit, "that ends the actor, whose newer process is at work"
 
 
 def test_a_missing_shard_is_forgiven_for_the_grace_time() -> None:

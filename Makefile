@@ -18,7 +18,7 @@ quickstart: venv
 	@$(BIN)/python -m deepseek_ray.cli.main quickstart
 
 test: venv
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python tests/run.py
 
 test-slow: venv
 	@$(BIN)/python -m pytest -m slow

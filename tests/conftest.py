@@ -30,15 +30,11 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests skip themselves where there is no device. Spread over two processes, one takes all that start Ray, one
-    after the other; the files of the rest go one by one to whoever is free."""
-    is_spread = hasattr(config, "workerinput")
-    items.sort(key=lambda item: _place(item, is_spread))
-    for item in items:
-        starts_ray = item.get_closest_marker("cluster") is not None
-        item.add_marker(pytest.mark.xdist_group("cluster" if starts_ray else str(item.path)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Links first: they count the process's descriptors, and Ray's gRPC, once loaded, opens and closes some at will.
+    Those that share a Ray cluster last: it lives from the first of them on, and others start one of their own.
+    GPU tests skip themselves where there is no device."""
+    items.sort(key=_place)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -49,12 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def _place(item: pytest.Item, is_spread: bool) -> int:
-    """Links first: they count the process's descriptors, and Ray's gRPC, once loaded, opens and closes some at will.
-    Tests that share a Ray cluster last of those that start one: it lives from the first of them on. What starts Ray is
-    the longest chain, so with two processes it begins at once, in the other one."""
-    if "ray_cluster" in getattr(item, "fixturenames", ()):
-        return 1 if is_spread else 4
-    if item.get_closest_marker("cluster"):
-        return 0 if is_spread else 3
-    return 2 if "links" in item.path.parts else 3
+def _place(item: pytest.Item) -> int:
+    if "links" in item.path.parts:
+        return 0
+    return 2 if "ray_cluster" in getattr(item, "fixturenames", ()) else 1

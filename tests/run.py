@@ -1,8 +1,10 @@
-"""`make test`: the suite in two processes side by side, those tests that start Ray and the rest.
+"""`make test`: the suite in two processes side by side.
 
     python tests/run.py [pytest's options]
 
-Either half waits for processes half of the time. What Ray's half says is shown as it comes, the other's at the end.
+One runs what starts Ray, one test after the other; the other runs the rest, and the long tests that start a Ray of
+their own in other processes (marker `apart`). Either waits for processes half of the time. What the first says is shown
+as it comes, the other's at the end.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ import sys
 import tempfile
 
 _PYTEST = [sys.executable, "-m", "pytest"]
+_SHARING, _REST = "cluster and not apart and not slow", "(apart or not cluster) and not slow"
 _NO_TESTS = 5
 """pytest's exit code when nothing was selected: then the other half has it."""
 
 
 def main(options: list[str]) -> int:
     with tempfile.TemporaryFile("w+") as output:
-        rest = subprocess.Popen([*_PYTEST, "-m", "not cluster and not slow", *options], stdout=output, stderr=output)
+        rest = subprocess.Popen([*_PYTEST, "-m", _REST, *options], stdout=output, stderr=output)
         try:
-            codes = [subprocess.run([*_PYTEST, "-m", "cluster and not slow", *options]).returncode, rest.wait()]
+            codes = [subprocess.run([*_PYTEST, "-m", _SHARING, *options]).returncode, rest.wait()]
         finally:
             rest.kill()
             rest.wait()

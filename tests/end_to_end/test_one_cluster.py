@@ -20,7 +20,7 @@ from deepseek_ray.models.load import load_model
 from deepseek_ray.training.metrics import read_metrics
 from tests.head_node import RAY, REPOSITORY, HeadNode, free_ports, head_node, submit_job
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.apart]
 
 NUM_TRIALS = 2
 SECOND_STEPS = 120

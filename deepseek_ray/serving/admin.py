@@ -54,7 +54,7 @@ def admin_app(keys: ApiKeys) -> FastAPI:
     def check_key(request: Request) -> None:
         keys.check(request.url.path, request.headers.get("authorization", ""))
 
-    app = FastAPI(title="deepseek_ray admin", dependencies=[Depends(check_key)], docs_url=None, redoc_url=None)
+    app = FastAPI(dependencies=[Depends(check_key)], openapi_url=None)  # its pages would be open to everybody
     app.add_exception_handler(DeepSeekRayError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_body)
 

@@ -45,9 +45,10 @@ def admin(backend: ActorsBackend) -> Iterator[httpx.Client]:
 
 def test_every_path_but_health_asks_for_the_key(admin: httpx.Client) -> None:
     for headers in ({"authorization": ""}, {"authorization": "Bearer wrong"}):
-        for path in ("/deployments", "/deployments/x", "/openapi.json"):
-            assert admin.get(path, headers=headers).status_code in (401, 404), path
-        assert admin.get("/deployments", headers=headers).status_code == 401
+        for path in ("/deployments", "/deployments/x", "/deployments/x/experts"):
+            assert admin.get(path, headers=headers).status_code == 401, path
+        for path in ("/openapi.json", "/docs", "/redoc", "/"):
+            assert admin.get(path, headers=headers).status_code == 404, path
         assert admin.post("/deployments/x/drain", headers=headers, json={}).status_code == 401
         assert admin.get("/health", headers=headers).json() == {"status": "ok"}
 

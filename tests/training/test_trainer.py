@@ -104,7 +104,6 @@ def losses(run_dir: Path) -> list[Any]:
 
 
 @pytest.mark.cluster
-@pytest.mark.apart
 def test_killed_worker_and_killed_driver_leave_the_curve_as_it_was(tmp_path: Path) -> None:
     config = small_config(
         storage_path=str(tmp_path / "ray"),

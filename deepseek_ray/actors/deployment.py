@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
 _START_TIMEOUT_SECONDS = 120.0
+_COMMAND_TIMEOUT_SECONDS = 120.0
+"""Deciding where the thousands of experts of a large model go takes the router many seconds."""
 
 
 class Deployment:
@@ -153,7 +155,7 @@ def change_deployment(name: str, command: str, *wish: Any, wait_seconds: float) 
     Waits until the change is complete. DeploymentError: no such deployment, a wish that cannot be met, or a change that
     is not complete after `wait_seconds` (0: do not wait); it goes on then.
     """
-    status = _ask(name, command, *wish)
+    status = _ask(name, command, *wish, timeout=_COMMAND_TIMEOUT_SECONDS)
     deadline = time.monotonic() + wait_seconds
     while wait_seconds and not _ask(name, "settled"):
         if time.monotonic() > deadline:
@@ -165,10 +167,10 @@ def change_deployment(name: str, command: str, *wish: Any, wait_seconds: float) 
     return _ask(name, "status") if wait_seconds else status
 
 
-def _ask(name: str, question: str, *arguments: Any) -> Any:
+def _ask(name: str, question: str, *arguments: Any, timeout: float = 10.0) -> Any:
     require_record(name)
     try:
-        return ask_router(name, question, *arguments)
+        return ask_router(name, question, *arguments, timeout=timeout)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, DeepSeekRayError) else error) from None
     except (ray.exceptions.RayError, ValueError) as error:

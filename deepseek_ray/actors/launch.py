@@ -78,7 +78,7 @@ def end_deployment(
     """
     name = record.description.name
     if members is None:
-        plan = read_plan(name)
+        plan = read_plan(record)
         members = plan.members if plan else ()
     if delete:
         delete_record(name)

@@ -55,6 +55,8 @@ class DeploymentRecord(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class _StoredPlan(msgspec.Struct, frozen=True):
+    instance: str
+    """Of the deployment: what an earlier one of the same name left behind does not count."""
     generation: int
     """Of the router that wrote it."""
     plan: Plan
@@ -98,25 +100,26 @@ def delete_record(name: str) -> None:
         _internal_kv_del(prefix, del_by_prefix=True, namespace=NAMESPACE)
 
 
-def read_plan(name: str) -> Plan | None:
+def read_plan(record: DeploymentRecord) -> Plan | None:
     """What the deployment shall be; None before its first router has written it."""
-    stored = _read_stored_plan(name)
+    stored = _read_stored_plan(record)
     return None if stored is None else stored.plan
 
 
-def write_plan(name: str, generation: int, plan: Plan) -> bool:
+def write_plan(record: DeploymentRecord, generation: int, plan: Plan) -> bool:
     """Keep a router's plan. False when a router of a later generation has written one: this router was replaced."""
-    stored = _read_stored_plan(name)
+    stored = _read_stored_plan(record)
     if stored is not None and stored.generation > generation:
         return False
-    value = msgspec.msgpack.encode(_StoredPlan(generation, plan))
-    _internal_kv_put(f"plan/{name}", value, overwrite=True, namespace=NAMESPACE)
+    value = msgspec.msgpack.encode(_StoredPlan(record.instance, generation, plan))
+    _internal_kv_put(f"plan/{record.description.name}", value, overwrite=True, namespace=NAMESPACE)
     return True
 
 
-def _read_stored_plan(name: str) -> _StoredPlan | None:
-    value = _internal_kv_get(f"plan/{name}", namespace=NAMESPACE)
-    return None if value is None else msgspec.msgpack.decode(value, type=_StoredPlan)
+def _read_stored_plan(record: DeploymentRecord) -> _StoredPlan | None:
+    value = _internal_kv_get(f"plan/{record.description.name}", namespace=NAMESPACE)
+    stored = None if value is None else msgspec.msgpack.decode(value, type=_StoredPlan)
+    return stored if stored is not None and stored.instance == record.instance else None
 
 
 def take_generation(name: str) -> int:

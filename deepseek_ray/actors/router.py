@@ -51,7 +51,7 @@ class Router:
         config = self._record.config
         self._restarts = take_life(deployment, "router", 0) - 1
         self._node_id: str = ray.get_runtime_context().get_node_id()
-        plan = read_plan(deployment) or initial_plan(self._record.moe_layers, self._record.num_experts, config)
+        plan = read_plan(self._record) or initial_plan(self._record.moe_layers, self._record.num_experts, config)
         self._membership = Membership(
             generation=take_generation(deployment),
             plan=plan,
@@ -207,7 +207,7 @@ class Router:
 
     def _keep(self, plan: Plan) -> bool:
         """Store a plan and create its new members. False when this router was replaced and must not command."""
-        if not write_plan(self._name, self._membership.generation, plan):
+        if not write_plan(self._record, self._membership.generation, plan):
             logger.warning("router of generation %d was replaced; it commands no more", self._membership.generation)
             return False
         self._handles = {member: handle for member, handle in self._handles.items() if member in plan.members}

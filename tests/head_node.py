@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from tests.ports import free_ports, node_ports
 
 RAY = Path(sys.executable).with_name("ray")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,14 +33,6 @@ class HeadNode:
     environment: dict[str, str]
     """With the token, and a PATH on which `python` is not the environment's."""
     directory: Path
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
 
 
 @contextmanager
@@ -60,12 +53,11 @@ def head_node(variables: Mapping[str, str] | None = None) -> Iterator[HeadNode]:
         "RAY_TMPDIR": str(directory / "ray"),
         **(variables or {}),
     }
-    gcs, dashboard, agent, client = free_ports(4)
+    gcs, dashboard, client = free_ports(3)
     command = [
         str(RAY), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--ray-client-server-port={client}", f"--temp-dir={directory / 'ray'}", "--num-cpus=2",
-        "--disable-usage-stats",
+        f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", *node_ports(),
+        f"--temp-dir={directory / 'ray'}", "--num-cpus=2", "--disable-usage-stats",
     ]  # fmt: skip
     with (directory / "head.log").open("w") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
@@ -73,6 +65,7 @@ def head_node(variables: Mapping[str, str] | None = None) -> Iterator[HeadNode]:
         address = f"http://127.0.0.1:{dashboard}"
         _wait_until_up(address, environment["RAY_AUTH_TOKEN"], head, directory / "head.log")
         yield HeadNode(address, f"127.0.0.1:{gcs}", environment, directory)
+        assert head.poll() is None, f"the head node ended early: {(directory / 'head.log').read_text()}"
     finally:
         _stop(head)
         shutil.rmtree(directory, ignore_errors=True)

@@ -90,19 +90,17 @@ def server() -> Iterator[RunningApi]:
         yield running
 
 
-def test_help_is_instant_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     program = (
-        "import sys, time; started = time.process_time()\n"
+        "import sys\n"
         "from deepseek_ray.cli.main import app\n"
         "try: app(['serve', '--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'ray', 'transformers', 'tokenizers', 'httpx', 'numpy'} & set(sys.modules)\n"
-        "print(f'\\nHEAVY {sorted(heavy)} SECONDS {time.process_time() - started}')"
+        "print(f'\\nHEAVY {sorted(heavy)}')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    _, heavy, _, seconds = done.stdout.splitlines()[-1].split(" ")
-    assert heavy == "[]"
-    assert float(seconds) < 0.8  # about 0.3 of processor time; the bound leaves room for a loaded machine
+    assert done.stdout.splitlines()[-1] == "HEAVY []"  # with them it takes seconds, without a third of one
 
 
 @pytest.mark.parametrize("command", COMMANDS)

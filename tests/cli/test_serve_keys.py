@@ -16,7 +16,7 @@ from deepseek_ray.cli.main import app
 from deepseek_ray.errors import ConfigError, DeploymentError
 from deepseek_ray.serving.auth import ApiKeys
 from deepseek_ray.serving.errors import HttpError
-from tests.head_node import free_ports
+from tests.ports import free_port
 
 Run = Callable[..., tuple[Result, list[ApiKeys]]]
 
@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def run(*arguments: str, host: str = "0.0.0.0") -> tuple[Result, list[ApiKeys]]:
-        (port,) = free_ports(1)
+        port = free_port()
         command = ["serve", str(tmp_path), "--host", host, "--port", str(port), *arguments]
         return CliRunner().invoke(app, command), given
 

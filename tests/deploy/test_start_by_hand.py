@@ -18,6 +18,8 @@ import pytest
 import yaml
 from manifests import REPOSITORY, ROLE
 
+from tests.ports import free_ports, node_ports
+
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 RAY = Path(sys.executable).with_name("ray")
 _NODES = f"""
@@ -49,19 +51,22 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     home = tmp_path_factory.mktemp("home")
-    gcs, dashboard, *agents = _free_ports(4)
+    gcs, dashboard, client = free_ports(3)
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     environment = {**kept, "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
     generated = subprocess.run(
         [RAY, "get-auth-token", "--generate"], env=environment, capture_output=True, text=True, check=True
     )
     temp = f"/tmp/by_hand_{os.getpid()}"
-    head = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--node-ip-address=127.0.0.1"]
+    head = [
+        f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={temp}",
+        "--node-ip-address=127.0.0.1",
+    ]  # fmt: skip
     worker = [f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.1"]
     started = []
     try:
-        for options, own, agent in (("head", head, agents[0]), ("worker", worker, agents[1])):
-            command = [RAY, "start", *_options(options), *own, f"--dashboard-agent-listen-port={agent}", "--block"]
+        for options, own in (("head", head), ("worker", worker)):
+            command = [RAY, "start", *_options(options), *own, *node_ports(), "--block"]
             log = (home / f"{options}.log").open("w")
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
             _wait_for(gcs, started[-1], home / f"{options}.log")
@@ -103,14 +108,6 @@ def _options(node: str) -> list[str]:
     line = config[f"{node}_start_ray_commands"][-1].partition("ray start")[2].replace("$role", "experts")
     ours = ("--port", "--address", "--object-manager-port", "--node-manager-port", "--autoscaling-config")
     return [option for option in shlex.split(line) if option.partition("=")[0] not in ours]
-
-
-def _free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

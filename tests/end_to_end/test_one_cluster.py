@@ -18,7 +18,8 @@ from openai import OpenAI
 
 from deepseek_ray.models.load import load_model
 from deepseek_ray.training.metrics import read_metrics
-from tests.head_node import RAY, REPOSITORY, HeadNode, free_ports, head_node, submit_job
+from tests.head_node import RAY, REPOSITORY, HeadNode, head_node, submit_job
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.apart]
 
@@ -44,7 +45,7 @@ class OneCluster:
     def __init__(self, head: HeadNode) -> None:
         self.head = head
         self.storage = head.directory / "runs"
-        (self.http_port,) = free_ports(1)
+        self.http_port = free_port()
         corpus = head.directory / "corpus.txt"
         corpus.write_text("\n".join(f"line {number} of the text says {number * number}" for number in range(3000)))
         self.overrides = [

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from openai import OpenAI
 
 from deepseek_ray.llm import LLM
 from deepseek_ray.messages import SamplingParams
+from tests.ports import free_port
 
 pytestmark = pytest.mark.cluster
 
@@ -66,12 +66,6 @@ class Served:
             stream=True,
             extra_body={"ignore_eos": True},
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

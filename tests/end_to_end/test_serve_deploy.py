@@ -24,7 +24,7 @@ from ray import serve
 from deepseek_ray.actors.deployment import deployment_status
 from deepseek_ray.actors.record import list_deployments
 from tests.encoders import WIDTH, write_encoder
-from tests.head_node import free_ports
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(500)]
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from openai import OpenAI
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.config.serving import IngressConfig
 from deepseek_ray.metrics import METRICS
+from tests.ports import free_port
 
 pytestmark = pytest.mark.cluster
 
@@ -37,12 +37,6 @@ PERSON = {
     "additionalProperties": False,
 }
 ANSWER_FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

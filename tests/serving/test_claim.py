@@ -16,6 +16,7 @@ from deepseek_ray.errors import DeploymentError
 from deepseek_ray.serving.claim import ServerClaim
 from deepseek_ray.serving.port import ReservedPort, is_loopback, url_host
 from deepseek_ray.serving.state_file import ServerState, live_servers, state_directory
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +24,6 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return tmp_path / "deepseek_ray"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def test_the_file_is_private_says_where_and_goes_with_the_claim(directory: Path) -> None:

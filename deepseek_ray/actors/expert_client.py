@@ -35,6 +35,8 @@ _POLL_SECONDS = 0.05
 """How often a wait looks up: for news from the router, for requests that ended meanwhile."""
 _PATIENCE_SECONDS = 0.5
 """Experts that answer within this time are merely busy; only a longer wait is given up when a request ends."""
+_MAX_ALONE = 4
+"""Single tokens on their way at once after a crash: enough that the shard always has the next one there."""
 
 
 class StepInterruptedError(UnavailableError):
@@ -53,7 +55,8 @@ class _Pending:
     crashed: bool = False
     """The process it was sent to has died over it, or beside it."""
     alone: bool = False
-    """One token of a call that has crashed, sent when no other is out: if it crashes too, the token is the reason."""
+    """One token of a call that has crashed. A shard answers the frames of a link in order, so if it crashes again, the
+    first token that has no answer is the reason."""
 
 
 @dataclass
@@ -70,7 +73,7 @@ class _Ticket:
     refused: set[int] = field(default_factory=set)
     """Shards that said they do not hold what they were asked for."""
     suspicious: deque[Tensor] = field(default_factory=deque)
-    """Places of single tokens whose call has crashed a shard: they are sent one after the other."""
+    """Places of single tokens whose call has crashed a shard: each is sent in a frame of its own."""
 
     @property
     def is_done(self) -> bool:
@@ -158,7 +161,9 @@ class RemoteExperts(ExpertBackend):
         try:
             link.send(frame)
         except LinkError as error:
-            self._drop(ticket, pending.call.shard, error)
+            self._read(ticket, link, pending.call.shard)  # what it has answered came before its end
+            if link in self._links.open:
+                self._drop(ticket, pending.call.shard, error)
             return
         pending.link, pending.sent = link, time.monotonic()
         self.num_frames += 1
@@ -187,8 +192,10 @@ class RemoteExperts(ExpertBackend):
             self._send(ticket, _Pending(call, attempt, alone=alone))
 
     def _send_suspicious(self, ticket: _Ticket) -> None:
-        """The next token of a call that has crashed a shard, when nothing else is out."""
-        if ticket.suspicious and not ticket.pending:
+        """The next tokens of a call that has crashed a shard, when nothing but such tokens is out."""
+        while ticket.suspicious and len(ticket.pending) < _MAX_ALONE:
+            if not all(pending.alone for pending in ticket.pending.values()):
+                return
             self._plan(ticket, ticket.suspicious.popleft(), attempt=1, alone=True)
 
     def _hedge(self, ticket: _Ticket) -> None:
@@ -215,13 +222,16 @@ class RemoteExperts(ExpertBackend):
         for fileno in by_fileno:
             poller.register(fileno, select.POLLIN)
         for fileno, _ in poller.poll(0 if unsent else int(_POLL_SECONDS * 1000)):
-            link, shard = by_fileno[fileno]
-            try:
-                while (frame := link.receive(0)) is not None:
-                    self._links.heard(shard)
-                    self._take(ticket, frame)
-            except LinkError as error:
-                self._drop(ticket, shard, error)
+            self._read(ticket, *by_fileno[fileno])
+
+    def _read(self, ticket: _Ticket, link: Link, shard: int) -> None:
+        """Take what has come over a link; at its end, drop it."""
+        try:
+            while (frame := link.receive(0)) is not None:
+                self._links.heard(shard)
+                self._take(ticket, frame)
+        except LinkError as error:
+            self._drop(ticket, shard, error)
 
     def _take(self, ticket: _Ticket, frame: Frame) -> None:
         with frame:

@@ -98,3 +98,7 @@ class LinkError(DeepSeekRayError):
 
 class LinkClosedError(LinkError):
     """The peer is gone (end of file on the socket) or the link was closed here."""
+
+
+class LinkLostError(LinkClosedError):
+    """No packet reaches the peer any more: its host is cut off or has vanished. Its process may be well."""

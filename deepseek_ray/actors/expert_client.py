@@ -23,7 +23,7 @@ from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.actors.shard_links import ShardLinks
 from deepseek_ray.control.membership import ShardAddress
 from deepseek_ray.control.patience import Patience
-from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError, LinkError, UnavailableError
+from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError, LinkError, LinkLostError, UnavailableError
 from deepseek_ray.expert_parallel.dispatch import ShardCall, plan_calls
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.frame import Frame, FrameKind
@@ -275,14 +275,15 @@ class RemoteExperts(ExpertBackend):
     def _drop(self, ticket: _Ticket, shard: int, error: Exception) -> None:
         """Give a link up; what was sent over it and not answered goes elsewhere, or waits."""
         link = self._links.drop(shard, error)
+        died = isinstance(error, LinkClosedError) and not isinstance(error, LinkLostError)
         for pending in ticket.pending.values():
             if link is None or pending.link is not link:
                 continue
-            if pending.alone and isinstance(error, LinkClosedError):
+            if pending.alone and died:
                 row = int(pending.call.token_rows[0])
                 raise ExpertsCrashedError(
                     f"computing one of its tokens in layer {ticket.layer} has crashed the process of its experts "
                     f"twice, last shard {shard}'s",
                     row,
                 )
-            pending.link, pending.crashed = None, isinstance(error, LinkClosedError)
+            pending.link, pending.crashed = None, died

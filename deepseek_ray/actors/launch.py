@@ -30,7 +30,10 @@ def create_router(config: DeploymentConfig) -> Any:
 
 
 def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]) -> dict[tuple[Role, int], Any]:
-    """Handles of attention workers and expert shards; those that exist are left alone."""
+    """Handles of attention workers and expert shards; those that exist are left alone.
+
+    Spread over the nodes that may have them: with a node as few as possible are lost.
+    """
     handles = {}
     for role, id in members:
         shell, threads = _SHELLS[role], member_threads(config, role)
@@ -42,6 +45,7 @@ def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]
             threads,
             arguments=(config.name, id, threads),
             label_selector=member_labels(config, role) or None,
+            scheduling_strategy="SPREAD",
         )
     return handles
 

@@ -9,32 +9,35 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 import ray
 
 import deepseek_ray.errors as errors
 from deepseek_ray.actors.record import DeploymentDescription, DeploymentRecord, get_router, require_record
-from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.actors.worker_stream import WorkerStream
+from deepseek_ray.control.membership import SUSPECT_SECONDS, WorkerView
 from deepseek_ray.errors import DeadlineExceededError, DeepSeekRayError, LinkError, UnavailableError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect
-from deepseek_ray.links.frame import message_frame, read_message
-from deepseek_ray.messages import AbortRequest, GenerateRequest, TokenEvent, TokenEvents
+from deepseek_ray.messages import GenerateRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 8
 _WORKER_WAIT_SECONDS = 30.0
-"""How long a request waits for an attention worker before it is answered that there is none."""
+"""How long a new request waits for an attention worker before it is answered that there is none. One that ran already
+waits until its deadline: what it has is not thrown away."""
+_ROUTER_SECONDS = 5.0
+"""A router that does not answer within this time is away: stopped, cut off, or being restarted."""
+_AVOID_SECONDS = 2 * SUSPECT_SECONDS
+"""A worker that was lost to a request is not given to it again for so long; by then the router knows how it is."""
 _RETRY_SECONDS = 0.1
 _CONNECT_SECONDS = 5.0
-_DECODER = msgspec.msgpack.Decoder(TokenEvents)
 
 
 class _WorkerLostError(DeepSeekRayError):
@@ -49,7 +52,7 @@ class DeploymentClient:
         self._name = record.description.name
         self._node_id: str = ray.get_runtime_context().get_node_id()
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[int, _WorkerStream] = {}
+        self._streams: dict[int, WorkerStream] = {}
         self._connecting = asyncio.Lock()
         self._known_workers: dict[int, WorkerView] = {}
         self._turn = itertools.count()
@@ -86,9 +89,10 @@ class DeploymentClient:
         seconds = request.deadline_seconds or self._record.description.request_timeout_seconds
         deadline = time.monotonic() + seconds
         delivered = list(request.output_token_ids)
-        lost: list[tuple[int, int]] = []
+        lost: dict[tuple[int, int], float] = {}
         for attempt in range(MAX_ATTEMPTS):
-            worker = await self._admit(request, deadline, lost)
+            patience = deadline if attempt else min(deadline, time.monotonic() + _WORKER_WAIT_SECONDS)
+            worker = await self._admit(request, deadline, patience, lost)
             attempted = msgspec.structs.replace(
                 request,
                 attempt=attempt,
@@ -104,7 +108,7 @@ class DeploymentClient:
                             return
             except _WorkerLostError as error:
                 logger.warning("request %s goes elsewhere: %s", request.request_id, error)
-                lost.append((worker.id, worker.incarnation))
+                lost[worker.id, worker.incarnation] = time.monotonic()
         raise UnavailableError(f"{MAX_ATTEMPTS} attempts were lost with their attention workers; try again later")
 
     async def close(self) -> None:
@@ -137,12 +141,15 @@ class DeploymentClient:
             stream.forget(request.request_id, abort=running)
             self._release(request.request_id)
 
-    async def _admit(self, request: GenerateRequest, deadline: float, lost: list[tuple[int, int]]) -> WorkerView:
-        """A worker for the request; waits a while when there is none, since Ray is restarting it."""
-        patience = min(deadline, time.monotonic() + _WORKER_WAIT_SECONDS)
+    async def _admit(
+        self, request: GenerateRequest, deadline: float, patience: float, lost: dict[tuple[int, int], float]
+    ) -> WorkerView:
+        """A worker for the request; waits until `patience` when there is none, since Ray is restarting it."""
         while True:
+            now = time.monotonic()
+            avoid = [worker for worker, when in lost.items() if now - when < _AVOID_SECONDS]
             try:
-                return await self._ask_router(request, deadline - time.monotonic(), lost)
+                return await self._ask_router(request, deadline - now, avoid)
             except UnavailableError:
                 if time.monotonic() >= deadline:
                     raise DeadlineExceededError("the request's deadline is over; allow more time") from None
@@ -150,15 +157,16 @@ class DeploymentClient:
                     raise
             await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _ask_router(self, request: GenerateRequest, seconds: float, lost: list[tuple[int, int]]) -> WorkerView:
+    async def _ask_router(self, request: GenerateRequest, seconds: float, avoid: list[tuple[int, int]]) -> WorkerView:
         """The router's choice; while it is away, the workers known so far in turn."""
         tokens = len(request.prompt_token_ids) + (request.params.max_tokens or 0)
         try:
-            worker = await get_router(self._name).admit.remote(request.request_id, tokens, seconds, lost)
+            admitted = get_router(self._name).admit.remote(request.request_id, tokens, seconds, avoid)
+            worker = await asyncio.wait_for(admitted, _ROUTER_SECONDS)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, DeepSeekRayError) else error) from None
-        except (ray.exceptions.RayError, ValueError) as error:
-            known = [w for w in self._known_workers.values() if (w.id, w.incarnation) not in lost]
+        except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
+            known = [w for w in self._known_workers.values() if (w.id, w.incarnation) not in avoid]
             if not known:
                 raise UnavailableError(f"the router does not answer ({error}); try again in a few seconds") from None
             return known[next(self._turn) % len(known)]
@@ -171,7 +179,15 @@ class DeploymentClient:
         except (ray.exceptions.RayError, ValueError) as error:
             logger.debug("router away, %s not released: %s", request_id, error)
 
-    async def _stream(self, worker: WorkerView) -> _WorkerStream:
+    async def _hangs(self, worker: WorkerView) -> bool:
+        """Whether the router has lost a worker too, and others take requests."""
+        try:
+            asked = get_router(self._name).hangs.remote(worker.id, worker.incarnation)
+            return await asyncio.wait_for(asked, _ROUTER_SECONDS)
+        except (ray.exceptions.RayError, ValueError, TimeoutError):
+            return False
+
+    async def _stream(self, worker: WorkerView) -> WorkerStream:
         """The open stream to this life of the worker."""
         async with self._connecting:
             stream = self._streams.get(worker.id)
@@ -180,7 +196,7 @@ class DeploymentClient:
             if stream is not None:
                 stream.close()
             link = await asyncio.to_thread(self._connect, worker)
-            self._streams[worker.id] = _WorkerStream(link, worker.incarnation, self._loop)
+            self._streams[worker.id] = WorkerStream(link, worker, self._loop, self._hangs)
             return self._streams[worker.id]
 
     def _connect(self, worker: WorkerView) -> Link:
@@ -192,70 +208,6 @@ class DeploymentClient:
             transport=self._record.config.transport,
             timeout=_CONNECT_SECONDS,
         )
-
-
-class _WorkerStream:
-    """The link to one attention worker and the queues of the requests that run there."""
-
-    def __init__(self, link: Link, incarnation: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.incarnation = incarnation
-        self.alive = True
-        self._link = link
-        self._loop = loop
-        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
-        threading.Thread(target=self._read, name=f"read {link.peer}", daemon=True).start()
-
-    def open(self, request: GenerateRequest) -> asyncio.Queue[TokenEvent | None]:
-        """Send the request; its events come out of the queue, None when the worker is gone."""
-        events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
-        self._queues[request.request_id] = events
-        self._send(request, events)
-        return events
-
-    def forget(self, request_id: str, abort: bool) -> None:
-        self._queues.pop(request_id, None)
-        if abort and self.alive:
-            self._send(AbortRequest(request_id=request_id), None)
-
-    def close(self) -> None:
-        self.alive = False
-        self._link.close()
-
-    def _send(self, message: Any, events: asyncio.Queue[TokenEvent | None] | None) -> None:
-        try:
-            self._link.send(message_frame(message))
-        except LinkError:
-            if events is not None:
-                events.put_nowait(None)
-
-    def _read(self) -> None:
-        """In a thread: frames to the event loop until the link ends."""
-        try:
-            while True:
-                frame = self._link.receive()
-                if frame is not None:
-                    self._hand_over(self._deliver, read_message(frame, _DECODER).events)
-        except LinkError as error:
-            logger.info("link to %s ended: %s", self._link.peer, error)
-        self._hand_over(self._end, None)
-
-    def _hand_over(self, call: Any, argument: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(call, argument)
-        except RuntimeError:
-            logger.debug("the event loop is closed; %s is not read any more", self._link.peer)
-
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            target = self._queues.get(event.request_id)
-            if target is not None:
-                target.put_nowait(event)
-
-    def _end(self, _: None) -> None:
-        self.alive = False
-        self._link.close()
-        for events in self._queues.values():
-            events.put_nowait(None)
 
 
 def _error_of(event: TokenEvent) -> DeepSeekRayError:

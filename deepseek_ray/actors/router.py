@@ -96,6 +96,10 @@ class Router:
     async def workers(self) -> list[WorkerView]:
         return self._membership.workers(time.monotonic())
 
+    async def hangs(self, id: int, incarnation: int) -> bool:
+        """Whether an attention worker is silent here too, and another one could go on with its requests."""
+        return self._membership.hangs(id, incarnation, time.monotonic())
+
     async def renew_lease(self, owner: str) -> bool:
         """False when the deployment is ending already."""
         self._start_housekeeping()

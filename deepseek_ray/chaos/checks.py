@@ -32,7 +32,8 @@ class Violation(msgspec.Struct, frozen=True):
 def check(history: History, references: Sequence[Reference]) -> list[Violation]:
     """Every promise that the run broke, in order of the calls."""
     found = [violation for call in history.calls for violation in _check_call(call, references[call.case])]
-    return found + list(_check_counters(history))
+    strays = [Violation("left over", stray, "it runs beside the members") for stray in history.strays]
+    return [*found, *_check_counters(history), *strays]
 
 
 def stall(call: Call, fault: Fault) -> float | None:

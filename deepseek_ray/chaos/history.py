@@ -59,6 +59,8 @@ class History(msgspec.Struct):
     faults: list[Fault] = []
     counters: dict[str, dict[str, float]] = {}
     """`role/id` -> figures of each member when all calls were over."""
+    strays: list[str] = []
+    """Processes that a fault left behind: members' by name, and not the members."""
 
     def write(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))

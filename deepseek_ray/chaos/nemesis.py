@@ -1,4 +1,4 @@
-"""What is done to a deployment: faults of processes on this machine, and changes by command."""
+"""What is done to a deployment: faults of processes on this machine and of hosts, and changes by command."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import ray
 
 from deepseek_ray.actors.deployment import change_deployment, deployment_status
 from deepseek_ray.chaos.history import Fault
+from deepseek_ray.chaos.hosts import Hosts
 from deepseek_ray.control.plan import Role
 from deepseek_ray.errors import DeploymentError
 
@@ -23,8 +25,16 @@ CHANGE_SECONDS = 120.0
 class Nemesis:
     """Acts on one deployment. `random` chooses among equals; every act is written down."""
 
-    def __init__(self, deployment: str, choose: random.Random, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        deployment: str,
+        choose: random.Random,
+        hosts: Hosts | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`hosts`: where the deployment runs, for the faults of hosts."""
         self._deployment = deployment
+        self._hosts = hosts
         self._choose = choose
         self._clock = clock
         self.faults: list[Fault] = []
@@ -38,6 +48,26 @@ class Nemesis:
         """SIGSTOP to one process of a role, SIGCONT after some seconds."""
         row = self._pick(role)
         self._act(f"stop {role} {seconds:g} s", row, lambda: _stop(row["pid"], seconds))
+
+    def power_off(self, role: Role) -> None:
+        """End the host of one member at once, its raylet and everything else on it."""
+        row = self._pick(role)
+        hosts, host = self._host_of(row)
+        self._act(f"power off the host of {role}", row, lambda: hosts.power_off(host))
+
+    def cut_off(self, role: Role, seconds: float) -> None:
+        """Let no packet to or from the host of one member for some seconds."""
+        row = self._pick(role)
+        hosts, host = self._host_of(row)
+
+        def cut() -> None:
+            hosts.cut(host)
+            try:
+                time.sleep(seconds)
+            finally:
+                hosts.heal(host)
+
+        self._act(f"cut off the host of {role} {seconds:g} s", row, cut)
 
     def command(self, name: str, *wishes: tuple[Any, ...]) -> None:
         """One of the router's commands, several times with other wishes, each waited for."""
@@ -62,6 +92,11 @@ class Nemesis:
     def ids(self, role: Role) -> list[int]:
         """Of the members of a role that are ready."""
         return [row["id"] for row in self._rows(role)]
+
+    def _host_of(self, row: dict[str, Any]) -> tuple[Hosts, int]:
+        assert self._hosts is not None, "a fault of hosts needs a cell with hosts"
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return self._hosts, self._hosts.host_of(addresses[row["node_id"]])
 
     def _act(self, name: str, row: dict[str, Any] | None, act: Callable[[], None]) -> None:
         struck = self._clock()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from deepseek_ray.actors.deployment import Deployment, start_deployment
 from deepseek_ray.actors.request_session import DeploymentClient
@@ -19,6 +20,7 @@ from deepseek_ray.chaos.cells import Cell
 from deepseek_ray.chaos.checks import Violation, check, first_token_seconds, gaps_before_and_during, stalls
 from deepseek_ray.chaos.clients import Case, Clients
 from deepseek_ray.chaos.history import History, Reference
+from deepseek_ray.chaos.host_cluster import HostCluster
 from deepseek_ray.chaos.nemesis import Nemesis
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.errors import DeploymentError
@@ -30,6 +32,7 @@ LATE_CALLS_PART = 0.1
 LATE_SECONDS = 3.0
 _ARRIVAL_SECONDS = 0.5
 _SETTLE_SECONDS = 120.0
+_ALONE_SECONDS = 30.0
 _REPORT_SECONDS = 1.5
 """Members report twice a second: after this the router's figures are those of the end."""
 
@@ -70,25 +73,35 @@ def run_cell(
     references: Sequence[Reference],
     settings: ChaosSettings,
     on_run: Callable[[RunResult], None] = lambda result: None,
+    cluster: HostCluster | None = None,
 ) -> list[RunResult]:
-    """Start the cell's deployment on the joined cluster, strike it `settings.runs` times, and end it."""
-    deployment = start_deployment(config.model_copy(update=dict(cell.config)))
-    try:
-        results = []
-        for number in range(settings.runs):
-            _wait_settled(deployment)
-            history = asyncio.run(_run_once(deployment, cell, cases, settings, settings.seed + number))
-            if settings.history_dir is not None:
-                history.write(settings.history_dir / f"{config.name}-{history.seed}.json")
-            results.append(_judge(history, references))
-            on_run(results[-1])
-        return results
-    finally:
-        deployment.stop()
+    """Start the cell's deployment on the joined cluster, strike it `settings.runs` times, and end it.
+
+    `cluster`: of a cell with hosts. Its members may have moved after a run, so each run has a deployment of its own.
+    """
+    results: list[RunResult] = []
+    while len(results) < settings.runs:
+        deployment = start_deployment(config.model_copy(update=dict(cell.config)))
+        try:
+            for number in range(len(results), len(results) + 1 if cluster else settings.runs):
+                _wait_settled(deployment)
+                history = asyncio.run(_run_once(deployment, cell, cases, settings, settings.seed + number, cluster))
+                if settings.history_dir is not None:
+                    history.write(settings.history_dir / f"{config.name}-{history.seed}.json")
+                results.append(_judge(history, references))
+                on_run(results[-1])
+        finally:
+            deployment.stop()
+    return results
 
 
 async def _run_once(
-    deployment: Deployment, cell: Cell, cases: Sequence[Case], settings: ChaosSettings, seed: int
+    deployment: Deployment,
+    cell: Cell,
+    cases: Sequence[Case],
+    settings: ChaosSettings,
+    seed: int,
+    cluster: HostCluster | None,
 ) -> History:
     choose = random.Random(seed)
     client = await DeploymentClient.connect(deployment.name)
@@ -97,15 +110,19 @@ async def _run_once(
         clients.send([choose.uniform(0, _ARRIVAL_SECONDS) for _ in range(settings.streams)])
         await asyncio.sleep(_ARRIVAL_SECONDS)
         await clients.all_have(TOKENS_BEFORE_STRIKE)
-        nemesis = Nemesis(deployment.name, choose)
+        nemesis = Nemesis(deployment.name, choose, cluster.hosts if cluster else None)
         late = round(settings.streams * LATE_CALLS_PART)
         clients.send([choose.uniform(0, LATE_SECONDS) for _ in range(late)])
         await asyncio.to_thread(cell.strike, nemesis)
         await clients.finish()
     finally:
         await client.close()
+    if cluster is not None:
+        await asyncio.to_thread(cluster.restore)
     await asyncio.sleep(_REPORT_SECONDS)
-    return History(seed, clients.calls, nemesis.faults, await asyncio.to_thread(deployment.stats))
+    counters = await asyncio.to_thread(deployment.stats)
+    strays = await asyncio.to_thread(_wait_alone, deployment)
+    return History(seed, clients.calls, nemesis.faults, counters, strays)
 
 
 def _judge(history: History, references: Sequence[Reference]) -> RunResult:
@@ -138,6 +155,23 @@ def _wait_settled(deployment: Deployment) -> None:
                 f"{deployment.name!r} is not whole again {_SETTLE_SECONDS:g} s after a run: {', '.join(rows)}"
             )
         time.sleep(0.1)
+
+
+def _wait_alone(deployment: Deployment) -> list[str]:
+    """Processes on this machine that say they are members and are not: what a fault has left behind, after a while."""
+    deadline = time.monotonic() + _ALONE_SECONDS
+    while strays := _strays(deployment):
+        if time.monotonic() > deadline:
+            return strays
+        time.sleep(0.2)
+    return []
+
+
+def _strays(deployment: Deployment) -> list[str]:
+    members = {row["pid"] for row in deployment.status()["actors"]}
+    found = {process.pid: " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
+    title = f"ray::{deployment.name}/"
+    return [f"pid {pid} {name}" for pid, name in found.items() if name.startswith(title) and pid not in members]
 
 
 def summarise(title: str, results: Sequence[RunResult]) -> dict[str, Any]:

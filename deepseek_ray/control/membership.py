@@ -187,6 +187,15 @@ class Membership:
                 views.append(WorkerView(id, member.report.incarnation, member.report.endpoints))
         return views
 
+    def hangs(self, id: int, incarnation: int, now: float) -> bool:
+        """Whether this life of an attention worker is over or silent, while others take requests."""
+        member = self._members.get(("attention_worker", id))
+        if member is None:
+            lost = now - self.started > SUSPECT_SECONDS
+        else:
+            lost = member.report.incarnation > incarnation or self._state(member, now) == "lost"
+        return lost and any((view.id, view.incarnation) != (id, incarnation) for view in self.workers(now))
+
     def ready(self, now: float) -> bool:
         """Can generate: every expert and one worker answer, or did so less than GRACE_SECONDS ago."""
         return not self.closing and not self.waiting_for(now)

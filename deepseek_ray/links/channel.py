@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import select
 import selectors
@@ -12,9 +13,10 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from deepseek_ray.errors import LinkClosedError, LinkError
+from deepseek_ray.errors import LinkClosedError, LinkError, LinkLostError
 
 Buffer = bytes | bytearray | memoryview
+_UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 MAX_PARTS = 512  # below IOV_MAX (1024) everywhere
 # plain integers: arithmetic on the enum members costs a microsecond each time
 _TRUNCATED, _CLOSE_ON_EXEC = int(socket.MSG_CTRUNC), int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
@@ -45,7 +47,7 @@ class Channel:
         except BlockingIOError:
             return 0
         except OSError as error:
-            raise LinkClosedError(f"the peer closed the link or died ({error})") from None
+            raise _end_of_link(error) from None
 
     def read_into(self, view: memoryview) -> int:
         """Read what is there; the number of bytes, 0 when there is nothing yet. Raises LinkClosedError at the end."""
@@ -54,7 +56,7 @@ class Channel:
         except BlockingIOError:
             return 0
         except OSError as error:
-            raise LinkClosedError(f"the peer closed the link or died ({error})") from None
+            raise _end_of_link(error) from None
         if not count:
             raise end_of_file()
         return count
@@ -66,7 +68,7 @@ class Channel:
         except BlockingIOError:
             return 0, []
         except OSError as error:
-            raise LinkClosedError(f"the peer closed the link or died ({error})") from None
+            raise _end_of_link(error) from None
         descriptors = _descriptors(rights) if rights else []
         if flags & _TRUNCATED:
             for descriptor in descriptors:
@@ -110,7 +112,7 @@ class TlsChannel(Channel):
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 break
             except OSError as error:
-                raise LinkClosedError(f"the peer closed the link or died ({error})") from None
+                raise _end_of_link(error) from None
         return done
 
     def read_into(self, view: memoryview) -> int:
@@ -122,7 +124,7 @@ class TlsChannel(Channel):
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             except OSError as error:
-                raise LinkClosedError(f"the peer closed the link or died ({error})") from None
+                raise _end_of_link(error) from None
             if not count:
                 if done:
                     break
@@ -241,6 +243,12 @@ def cut_off(sock: socket.socket) -> None:
     with suppress(OSError):  # the peer was faster
         # not SSLSocket.shutdown: that drops the TLS layer first, and a concurrent reader would see cipher text
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _end_of_link(error: OSError) -> LinkClosedError:
+    if error.errno in _UNREACHABLE:
+        return LinkLostError(f"the peer cannot be reached any more ({error})")
+    return LinkClosedError(f"the peer closed the link or died ({error})")
 
 
 def end_of_file() -> LinkClosedError:

@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
-from deepseek_ray.errors import LinkClosedError, LinkError
+from deepseek_ray.errors import LinkClosedError, LinkError, LinkLostError
 from deepseek_ray.links.base import Link, LinkLimits
 from deepseek_ray.links.channel import EVENT_READ, EVENT_WRITE, Buffer, Channel, Readiness, socket_wait
 from deepseek_ray.links.frame import Frame
@@ -203,7 +203,7 @@ class StreamLink(Link):
             f"{self.peer} {what} for {self._limits.send_timeout_seconds:g} s (send_timeout_seconds); it is taken for "
             "dead and the link is closed: connect again, or raise the limit if the peer is only slow"
         )
-        self._fail(LinkClosedError(error.message))
+        self._fail(LinkLostError(error.message))
         return error
 
 

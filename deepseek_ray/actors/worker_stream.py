@@ -1,0 +1,114 @@
+"""A client's link to one attention worker: requests out, events in, for all requests that run there. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.errors import LinkError
+from deepseek_ray.links.base import Link
+from deepseek_ray.links.frame import message_frame, read_message
+from deepseek_ray.messages import AbortRequest, GenerateRequest, TokenEvent, TokenEvents
+
+logger = logging.getLogger(__name__)
+
+SILENT_SECONDS = 2.0
+"""A worker that owes events and sends none for so long may hang: whether it does, the router knows."""
+_DECODER = msgspec.msgpack.Decoder(TokenEvents)
+
+
+class WorkerStream:
+    """The link to one life of an attention worker and the queues of the requests that run there.
+
+    `hangs(worker)` says whether a silent worker is lost to its router as well, and another one could go on.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        worker: WorkerView,
+        loop: asyncio.AbstractEventLoop,
+        hangs: Callable[[WorkerView], Awaitable[bool]],
+    ) -> None:
+        self.incarnation = worker.incarnation
+        self.alive = True
+        self._link = link
+        self._worker = worker
+        self._loop = loop
+        self._hangs = hangs
+        self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        self._heard = time.monotonic()
+        self._watch = loop.create_task(self._watch_silence())
+        threading.Thread(target=self._read, name=f"read {link.peer}", daemon=True).start()
+
+    def open(self, request: GenerateRequest) -> asyncio.Queue[TokenEvent | None]:
+        """Send the request; its events come out of the queue, None when the worker is gone."""
+        if not self._queues:
+            self._heard = time.monotonic()  # it owed nothing until now
+        events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        self._queues[request.request_id] = events
+        self._send(request, events)
+        return events
+
+    def forget(self, request_id: str, abort: bool) -> None:
+        self._queues.pop(request_id, None)
+        if abort and self.alive:
+            self._send(AbortRequest(request_id=request_id), None)
+
+    def close(self) -> None:
+        self.alive = False
+        self._watch.cancel()
+        self._link.close()
+
+    def _send(self, message: Any, events: asyncio.Queue[TokenEvent | None] | None) -> None:
+        try:
+            self._link.send(message_frame(message))
+        except LinkError:
+            if events is not None:
+                events.put_nowait(None)
+
+    async def _watch_silence(self) -> None:
+        """A process that is stopped, or whose host is cut off, keeps its link open and says nothing."""
+        while True:
+            await asyncio.sleep(SILENT_SECONDS / 2)
+            if self._queues and time.monotonic() - self._heard > SILENT_SECONDS and await self._hangs(self._worker):
+                logger.warning("attention worker %d hangs; its requests go elsewhere", self._worker.id)
+                self._end(None)
+                return
+
+    def _read(self) -> None:
+        """In a thread: frames to the event loop until the link ends."""
+        try:
+            while True:
+                frame = self._link.receive()
+                if frame is not None:
+                    self._hand_over(self._deliver, read_message(frame, _DECODER).events)
+        except LinkError as error:
+            logger.info("link to %s ended: %s", self._link.peer, error)
+        self._hand_over(self._end, None)
+
+    def _hand_over(self, call: Any, argument: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, argument)
+        except RuntimeError:
+            logger.debug("the event loop is closed; %s is not read any more", self._link.peer)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        self._heard = time.monotonic()
+        for event in events:
+            target = self._queues.get(event.request_id)
+            if target is not None:
+                target.put_nowait(event)
+
+    def _end(self, _: None) -> None:
+        """Every request that runs here learns that it does not any more."""
+        self.close()
+        for events in self._queues.values():
+            events.put_nowait(None)

@@ -82,8 +82,11 @@ class Hosts:
         for host in range(1, self.count + 1):
             if _host(host) in there:
                 self.power_off(host)
+            _delete_link(
+                _port(host)
+            )  # first: the kernel takes its time with a namespace that has lingering connections
+            if _host(host) in there:
                 _ip("netns", "delete", _host(host))
-            _delete_link(_port(host))  # the kernel keeps a namespace, and its cable, while a connection lingers
         _delete_link(_PREFIX)
 
     def __enter__(self) -> Self:

@@ -13,7 +13,7 @@ from deepseek_ray.actors.expert_client import RemoteExperts, StepInterruptedErro
 from deepseek_ray.actors.expert_service import ExpertService
 from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.control.membership import ShardAddress
-from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError
+from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError, LinkLostError
 from deepseek_ray.expert_parallel.placement import Placement, contiguous_placement, experts_of_shard
 from deepseek_ray.expert_parallel.table import RoutingTable
 from deepseek_ray.links.base import Link, Transport
@@ -411,6 +411,35 @@ def test_a_shard_that_dies_once_is_nobody_s_fault(twins: Shards, reader: Checkpo
         ticket = backend.dispatch(layer, hidden, ids)
         twins.restart(1)
         assert torch.equal(backend.combine(ticket), rows_of(reader, layer, hidden, ids))
+    backend.close()
+
+
+def test_a_token_is_not_to_blame_for_a_link_that_was_cut_off(shards: Shards, reader: CheckpointReader) -> None:
+    """The shard dies once, and while its tokens are sent alone the network is gone for a while."""
+    cuts = [LinkLostError("no packet reaches the peer")]
+    dialled: list[Link] = []
+
+    def dial(address: ShardAddress) -> Link:
+        link = connect(address.endpoints, "node", "d", SECRET, "auto", 5.0)
+        dialled.append(link)
+        receive, is_second_of_a_shard = link.receive, len(dialled) == 3
+
+        def receive_or_be_cut_off(timeout: float | None = None) -> Frame | None:
+            if is_second_of_a_shard and cuts:
+                raise cuts.pop()
+            return receive(timeout)
+
+        link.receive = receive_or_be_cut_off  # type: ignore[method-assign]
+        return link
+
+    backend = RemoteExperts(shards.directory, dial, 1, lambda: None, lambda: False, 30.0)
+    hidden, ids = work(9)
+    backend.combine(backend.dispatch(LAYER, hidden, ids))
+    shards.answers[1].clear()
+    ticket = backend.dispatch(LAYER, hidden, ids)
+    shards.restart(1)
+    assert torch.equal(backend.combine(ticket), local_rows(reader, hidden, ids))
+    assert not cuts, "the link was cut off"
     backend.close()
 
 

@@ -14,8 +14,10 @@ import pytest
 from deepseek_ray.chaos.cases import make_cases, make_references
 from deepseek_ray.chaos.cells import CELLS
 from deepseek_ray.chaos.history import read_history
+from deepseek_ray.chaos.hosts import require_hosts
 from deepseek_ray.chaos.run import ChaosSettings, run_cell
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.errors import ConfigError
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.fakes import BYTE_EOS, write_byte_tokenizer
 
@@ -103,3 +105,17 @@ def test_an_unknown_fault_is_named(trained_model: Path) -> None:
     )
     assert done.returncode == 1
     assert "there is no fault 'meteor'; there are control, kill-shard-replica" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["power-off-shard", "cut-off-shard-5", "cut-off-worker-5", "stop-worker"])
+def test_hosts_that_fall_or_are_cut_off_break_no_promise(trained_model: Path, cell: str) -> None:
+    """In the quick suite tests/chaos/test_hosts.py has the network and tests/actors/ what members do."""
+    if CELLS[cell].hosts:
+        try:
+            require_hosts()
+        except ConfigError as error:
+            pytest.skip(str(error))
+    code, rows, said = chaos(trained_model, "--cell", cell)
+    assert_kept(rows, said)
+    assert code == 0

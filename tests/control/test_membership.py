@@ -111,6 +111,29 @@ def test_silent_members_are_lost_and_take_no_requests() -> None:
     assert {row["state"] for row in state.status(SUSPECT_SECONDS + 1)} == {"lost"}
 
 
+def test_a_silent_worker_hangs_once_another_one_could_go_on() -> None:
+    state = membership(attention_workers=2)
+    bring_up(state)
+    state.observe(report("attention_worker", 1), 0)
+    silent = SUSPECT_SECONDS + 1
+    assert not state.hangs(0, 1, SUSPECT_SECONDS - 1), "it was heard a moment ago"
+    assert not state.hangs(0, 1, silent), "nobody else was heard: its requests are best off where they are"
+    state.observe(report("attention_worker", 1), silent)
+    assert state.hangs(0, 1, silent)
+    assert not state.hangs(1, 1, silent)
+    state.observe(report("attention_worker", 0, incarnation=2), silent)
+    assert state.hangs(0, 1, silent), "a newer process is the worker"
+    assert not state.hangs(0, 2, silent)
+
+
+def test_a_worker_that_a_new_router_never_heard_hangs() -> None:
+    state = membership(attention_workers=2)
+    state.observe(report("attention_worker", 1), 0)
+    assert not state.hangs(0, 1, 1.0)
+    state.observe(report("attention_worker", 1), SUSPECT_SECONDS + 1)
+    assert state.hangs(0, 1, SUSPECT_SECONDS + 1)
+
+
 def test_status_lists_every_expected_member_with_its_restarts() -> None:
     state = membership()
     bring_up(state)

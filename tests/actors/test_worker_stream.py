@@ -1,0 +1,102 @@
+"""A client's link to an attention worker that says nothing: who is asked, and what becomes of its requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+import deepseek_ray.actors.worker_stream as worker_stream
+from deepseek_ray.actors.worker_stream import WorkerStream
+from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.links.base import Link
+from deepseek_ray.links.connect import connect, listen
+from deepseek_ray.links.frame import message_frame
+from deepseek_ray.links.listener import Listener
+from deepseek_ray.messages import GenerateRequest, SamplingParams, TokenEvent, TokenEvents
+
+SECRET = b"s" * 32
+REQUEST = GenerateRequest(request_id="r", prompt_token_ids=[1], params=SamplingParams())
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+    monkeypatch.setattr(worker_stream, "SILENT_SECONDS", 0.1)
+    with listen("node", "127.0.0.1", "d", SECRET) as listener:
+        yield listener
+
+
+class Router:
+    """Says what it was told to, and remembers of whom it was asked."""
+
+    def __init__(self, *answers: bool) -> None:
+        self._answers = list(answers)
+        self.asked: list[int] = []
+        self.was_asked = asyncio.Event()
+
+    async def hangs(self, worker: WorkerView) -> bool:
+        self.asked.append(worker.id)
+        self.was_asked.set()
+        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+
+
+def open_stream(listener: Listener, router: Router) -> tuple[WorkerStream, Link]:
+    """The stream and the worker's end of its link."""
+    view = WorkerView(7, 1, listener.endpoints)
+    stream = WorkerStream(
+        connect(listener.endpoints, "node", "d", SECRET), view, asyncio.get_running_loop(), router.hangs
+    )
+    link = listener.accept(10)
+    assert link is not None
+    return stream, link
+
+
+def test_requests_leave_a_worker_that_is_silent_and_lost_to_the_router(listener: Listener) -> None:
+    async def check() -> None:
+        router = Router(False, False, True)
+        stream, link = open_stream(listener, router)
+        events = stream.open(REQUEST)
+        assert await asyncio.wait_for(events.get(), 10) is None
+        assert router.asked == [7, 7, 7], "twice the router still heard it"
+        assert not stream.alive
+        link.close()
+
+    asyncio.run(check())
+
+
+def test_a_worker_that_owes_nothing_may_be_silent(listener: Listener) -> None:
+    async def check() -> None:
+        router = Router(True)
+        stream, link = open_stream(listener, router)
+        await asyncio.sleep(0.3)  # three times as long as one that owes something may be
+        assert not router.asked
+        events = stream.open(REQUEST)
+        last = TokenEvent(request_id="r", attempt=0, index=0, token_ids=[5], finish_reason="stop")
+        link.send(message_frame(TokenEvents([last])))
+        assert await asyncio.wait_for(events.get(), 10) == last
+        stream.forget("r", abort=False)
+        await asyncio.sleep(0.3)
+        assert not router.asked
+        assert stream.alive
+        stream.close()
+        link.close()
+
+    asyncio.run(check())
+
+
+def test_every_event_is_a_sign_of_life(listener: Listener) -> None:
+    async def check() -> None:
+        router = Router(True)
+        stream, link = open_stream(listener, router)
+        events = stream.open(REQUEST)
+        for index in range(20):
+            event = TokenEvent(request_id="r", attempt=0, index=index, token_ids=[5])
+            link.send(message_frame(TokenEvents([event])))
+            assert await asyncio.wait_for(events.get(), 10) == event
+            await asyncio.sleep(0.02)
+        assert not router.asked, "20 events over four times the silence that is allowed"
+        stream.close()
+        link.close()
+
+    asyncio.run(check())

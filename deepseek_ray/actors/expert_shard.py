@@ -60,6 +60,7 @@ class ExpertShard:
                 "calls": self._service.num_calls,
                 "pairs": self._service.num_pairs,
                 "compute_seconds": self._service.compute_seconds,
+                "experts_reloaded": self._service.num_reloaded,
             },
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
@@ -19,6 +19,8 @@ from deepseek_ray.control.plan import Role
 
 logger = logging.getLogger(__name__)
 
+_NODE_LABEL = "ray.io/node-id"
+"""Every node has it, from Ray."""
 _SHELLS: dict[Role, type] = {"attention_worker": AttentionWorkerActor, "expert_shard": ExpertShardActor}
 
 
@@ -44,10 +46,27 @@ def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]
             id,
             threads,
             arguments=(config.name, id, threads),
-            label_selector=member_labels(config, role) or None,
-            scheduling_strategy="SPREAD",
+            **_place(config, role, id),
         )
     return handles
+
+
+def _place(config: DeploymentConfig, role: Role, id: int) -> dict[str, Any]:
+    """Options that put a member on a node with its role's labels: on one of its own, or if that falls, on any.
+
+    (Ray's strategy "SPREAD" is decided node by node for actors that ask for no resources, so two may meet.)
+    """
+    labels = member_labels(config, role)
+    nodes = sorted(node["NodeID"] for node in _nodes_with(labels))
+    if len(nodes) < 2:
+        return {"label_selector": labels or None}
+    own = {**labels, _NODE_LABEL: nodes[id % len(nodes)]}
+    return {"label_selector": own, "fallback_strategy": [{"label_selector": labels}]}
+
+
+def _nodes_with(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in nodes if all(node["Labels"].get(name) == value for name, value in labels.items())]
 
 
 def member_labels(config: DeploymentConfig, role: Role) -> dict[str, str]:
@@ -57,11 +76,10 @@ def member_labels(config: DeploymentConfig, role: Role) -> dict[str, str]:
 
 def missing_labels(config: DeploymentConfig) -> list[str]:
     """For each role that no node of the cluster can take: what is missing, in words."""
-    nodes = [node["Labels"] for node in ray.nodes() if node["Alive"]]
     missing = []
     for role in _SHELLS:
         labels = member_labels(config, role)
-        if not any(all(node.get(name) == value for name, value in labels.items()) for node in nodes):
+        if not _nodes_with(labels):
             wanted = ",".join(f"{name}={value}" for name, value in labels.items())
             missing.append(f"a node with the labels {wanted} for each {role.replace('_', ' ')}")
     return missing

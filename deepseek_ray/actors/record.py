@@ -124,10 +124,15 @@ def _read_stored_plan(record: DeploymentRecord) -> _StoredPlan | None:
 
 def take_generation(name: str) -> int:
     """The next generation, taken by put-if-absent: no two routers of a deployment ever share one."""
-    generation = 1 + len(_internal_kv_list(f"generation/{name}/", namespace=NAMESPACE))
+    generation = 1 + newest_generation(name)
     while _internal_kv_put(f"generation/{name}/{generation}", b"1", overwrite=False, namespace=NAMESPACE):
         generation += 1
     return generation
+
+
+def newest_generation(name: str) -> int:
+    """The last generation that was taken; 0 without any."""
+    return len(_internal_kv_list(f"generation/{name}/", namespace=NAMESPACE))
 
 
 def take_life(name: str, role: str, id: int) -> int:

@@ -28,7 +28,8 @@ from deepseek_ray.messages import GenerateRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 8
+MAX_LOST = 8
+"""A request under which so many attention workers fell may be what fells them; those not reached do not count."""
 _WORKER_WAIT_SECONDS = 30.0
 """How long a new request waits for an attention worker before it is answered that there is none. One that ran already
 waits until its deadline: what it has is not thrown away."""
@@ -41,7 +42,11 @@ _CONNECT_SECONDS = 5.0
 
 
 class _WorkerLostError(DeepSeekRayError):
-    """The link to the attention worker ended while the request ran there."""
+    """The link to the attention worker ended while the request ran there, or could not be opened."""
+
+    def __init__(self, message: str, was_running: bool) -> None:
+        super().__init__(message)
+        self.was_running = was_running
 
 
 class DeploymentClient:
@@ -90,7 +95,8 @@ class DeploymentClient:
         deadline = time.monotonic() + seconds
         delivered = list(request.output_token_ids)
         lost: dict[tuple[int, int], float] = {}
-        for attempt in range(MAX_ATTEMPTS):
+        num_lost = 0
+        for attempt in itertools.count():
             patience = deadline if attempt else min(deadline, time.monotonic() + _WORKER_WAIT_SECONDS)
             worker = await self._admit(request, deadline, patience, lost)
             attempted = msgspec.structs.replace(
@@ -109,7 +115,9 @@ class DeploymentClient:
             except _WorkerLostError as error:
                 logger.warning("request %s goes elsewhere: %s", request.request_id, error)
                 lost[worker.id, worker.incarnation] = time.monotonic()
-        raise UnavailableError(f"{MAX_ATTEMPTS} attempts were lost with their attention workers; try again later")
+                num_lost += error.was_running
+            if num_lost == MAX_LOST:
+                raise UnavailableError(f"{MAX_LOST} attention workers were lost while they ran it; try again later")
 
     async def close(self) -> None:
         for stream in self._streams.values():
@@ -122,7 +130,7 @@ class DeploymentClient:
             stream = await self._stream(worker)
         except (LinkError, OSError) as error:
             self._release(request.request_id)
-            raise _WorkerLostError(f"attention worker {worker.id} cannot be reached: {error}") from None
+            raise _WorkerLostError(f"attention worker {worker.id} cannot be reached: {error}", False) from None
         events = stream.open(request)
         running = True
         try:
@@ -130,7 +138,7 @@ class DeploymentClient:
                 event = await events.get()
                 if event is None:
                     running = False
-                    raise _WorkerLostError(f"attention worker {worker.id} is gone")
+                    raise _WorkerLostError(f"attention worker {worker.id} is gone", True)
                 if event.attempt != request.attempt:
                     continue  # a late word of an earlier attempt
                 running = event.finish_reason is None

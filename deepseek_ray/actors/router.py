@@ -19,6 +19,7 @@ from deepseek_ray.actors.launch import create_members, end_deployment, missing_l
 from deepseek_ray.actors.metrics_export import MetricsExporter
 from deepseek_ray.actors.record import (
     DeploymentDescription,
+    newest_generation,
     read_plan,
     read_record,
     require_record,
@@ -242,6 +243,9 @@ class Router:
             orphaned = self._leases.orphaned(now)
             if not replaced and not orphaned:
                 continue
+            if newest_generation(self._name) > self._membership.generation:
+                logger.warning("%s has a newer router; this one ends alone", self._name)
+                os._exit(0)
             logger.warning("deployment %s ends: %s", self._name, "no owner" if orphaned else "its record is gone")
             self._membership.closing = True
             members = self._membership.plan.members

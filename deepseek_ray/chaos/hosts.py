@@ -82,9 +82,7 @@ class Hosts:
         for host in range(1, self.count + 1):
             if _host(host) in there:
                 self.power_off(host)
-            _delete_link(
-                _port(host)
-            )  # first: the kernel takes its time with a namespace that has lingering connections
+            _delete_link(_port(host))  # before its namespace, which goes when its last connection has
             if _host(host) in there:
                 _ip("netns", "delete", _host(host))
         _delete_link(_PREFIX)

@@ -63,6 +63,12 @@ def test_work_that_is_left_over_is_seen(name: str) -> None:
     assert kinds(call(*GOOD), counters=counters) == ["left over"]
 
 
+def test_a_process_that_a_fault_left_behind_is_seen() -> None:
+    history = History(0, [call(*GOOD)], strays=["pid 7 ray::d/expert_shard/0"])
+    (violation,) = check(history, REFERENCES)
+    assert (violation.kind, violation.where) == ("left over", "pid 7 ray::d/expert_shard/0")
+
+
 def test_a_stall_is_the_largest_gap_from_the_fault_on_less_the_usual_one() -> None:
     times = [0.0, 0.1, 0.2, 0.3, 2.3, 2.4, 2.9]
     stream = Call("r", 0, 0.0, 100.0, [Arrival(time, n, [n], []) for n, time in enumerate(times)])

@@ -75,6 +75,11 @@ def test_a_killed_shard_with_a_replica_breaks_no_promise(
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_fault_breaks_no_promise(trained_model: Path, cell: str) -> None:
+    if CELLS[cell].hosts:
+        try:
+            require_hosts()
+        except ConfigError as error:
+            pytest.skip(str(error))
     code, rows, said = chaos(trained_model, "--cell", cell, "--runs", "2")
     assert code == 0, said
     assert_kept(rows, said)
@@ -105,17 +110,3 @@ def test_an_unknown_fault_is_named(trained_model: Path) -> None:
     )
     assert done.returncode == 1
     assert "there is no fault 'meteor'; there are control, kill-shard-replica" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", ["power-off-shard", "cut-off-shard-5", "cut-off-worker-5", "stop-worker"])
-def test_hosts_that_fall_or_are_cut_off_break_no_promise(trained_model: Path, cell: str) -> None:
-    """In the quick suite tests/chaos/test_hosts.py has the network and tests/actors/ what members do."""
-    if CELLS[cell].hosts:
-        try:
-            require_hosts()
-        except ConfigError as error:
-            pytest.skip(str(error))
-    code, rows, said = chaos(trained_model, "--cell", cell)
-    assert_kept(rows, said)
-    assert code == 0

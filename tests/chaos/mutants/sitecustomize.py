@@ -1,4 +1,5 @@
-"""Mistakes that the checker must notice. With this folder on PYTHONPATH, processes make the one that MUTANT names."""
+"""Mistakes that the checker must notice, and misfortunes that a deployment must stand. With this folder on PYTHONPATH,
+processes have the one that MUTANT names."""
 
 from __future__ import annotations
 
@@ -79,9 +80,46 @@ def answer_for_an_expert_that_is_not_held(module: ModuleType) -> None:
     module.ExpertStore.load = pretend
 
 
+def crash_over_one_row(module: ModuleType) -> None:
+    """A shard ends when it is to compute with the activations whose bytes POISON has in hexadecimal."""
+    run, poison = module.ExpertStore.run, bytes.fromhex(os.environ["POISON"])
+
+    def run_or_crash(self: Any, layer: int, hidden: Any, *pairs: Any) -> Any:
+        if any(row.numpy().tobytes() == poison for row in hidden):
+            os._exit(1)
+        return run(self, layer, hidden, *pairs)
+
+    module.ExpertStore.run = run_or_crash
+
+
+def weights_go_bad(module: ModuleType) -> None:
+    """From a shard's 20th call on, the first expert it computes gives values that are no numbers, until reloaded."""
+    run, reload = module.ExpertStore.run, module.ExpertStore.reload
+    calls, bad = 0, set[tuple[int, int]]()
+
+    def run_with_bad(self: Any, layer: int, hidden: Any, pair_rows: Any, pair_experts: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            bad.add((layer, int(pair_experts[0])))
+        rows = run(self, layer, hidden, pair_rows, pair_experts)
+        for bad_layer, expert in bad:
+            if bad_layer == layer:
+                rows[pair_experts == expert] = float("nan")
+        return rows
+
+    def mend(self: Any, layer: int, expert: int) -> None:
+        bad.discard((layer, expert))
+        reload(self, layer, expert)
+
+    module.ExpertStore.run, module.ExpertStore.reload = run_with_bad, mend
+
+
 _MUTANTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "retry": ("deepseek_ray.actors.request_session", retry_without_deduplication),
     "combine": ("deepseek_ray.actors.expert_client", combine_in_arrival_order),
+    "poison": ("deepseek_ray.models.expert_store", crash_over_one_row),
+    "bad": ("deepseek_ray.models.expert_store", weights_go_bad),
     "shard": ("deepseek_ray.models.expert_store", answer_for_an_expert_that_is_not_held),
 }
 

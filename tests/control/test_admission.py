@@ -1,11 +1,10 @@
-"""Admission and leases: plain decisions, checked by hand."""
+"""Admission: plain decisions, checked by hand."""
 
 from __future__ import annotations
 
 import pytest
 
 from deepseek_ray.control.admission import Admission
-from deepseek_ray.control.lease import Leases
 from deepseek_ray.control.membership import WorkerView
 from deepseek_ray.errors import OverloadedError, UnavailableError
 from deepseek_ray.links.base import Endpoints
@@ -51,30 +50,3 @@ def test_a_retry_replaces_its_first_try_and_avoids_the_lost_worker() -> None:
 def test_without_workers_a_request_is_told_to_retry() -> None:
     with pytest.raises(UnavailableError, match="no attention worker"):
         Admission(max_in_flight=1).admit("a", 1, 60, [], now=0)
-
-
-def test_a_deployment_is_an_orphan_when_no_owner_renewed_in_time() -> None:
-    leases = Leases(timeout_seconds=30, started=0)
-    assert not leases.orphaned(now=29)
-    assert leases.orphaned(now=31)
-    leases.renew("cli", now=31)
-    assert not leases.orphaned(now=60)
-    assert leases.orphaned(now=62)
-
-
-def test_the_last_owner_that_leaves_makes_an_orphan_at_once() -> None:
-    leases = Leases(timeout_seconds=30, started=0)
-    leases.renew("old", now=1)
-    leases.renew("new", now=2)
-    leases.release("old")
-    assert not leases.orphaned(now=3)
-    leases.release("new")
-    assert leases.orphaned(now=3)
-    leases.renew("newest", now=4)
-    assert not leases.orphaned(now=5)
-
-
-def test_a_release_by_somebody_unknown_changes_nothing() -> None:
-    leases = Leases(timeout_seconds=30, started=0)
-    leases.release("of an earlier router's time")
-    assert not leases.orphaned(now=29)

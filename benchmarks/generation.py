@@ -21,7 +21,7 @@ from benchmarks.results_file import write_results
 
 CASES = ((1, 128, 24), (8, 128, 16), (32, 128, 8))
 """(sequences, prompt tokens, output tokens)."""
-SYSTEMS = ("transformers", "local", "actors")
+SYSTEMS = ("transformers", "local", "fast", "actors")
 
 
 class Driver:

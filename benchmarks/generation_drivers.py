@@ -57,6 +57,12 @@ def local_driver(model_dir: str, threads: int) -> Measure:
     return _measure(LocalBackend(_config(model_dir, threads)))
 
 
+def fast_driver(model_dir: str, threads: int) -> Measure:
+    config = _config(model_dir, threads)
+    engine = config.engine.model_copy(update={"deterministic": False})
+    return _measure(LocalBackend(config.model_copy(update={"engine": engine})))
+
+
 def actors_driver(model_dir: str, threads: int) -> Measure:
     from deepseek_ray.actors.offline import ActorsBackend
 
@@ -66,6 +72,7 @@ def actors_driver(model_dir: str, threads: int) -> Measure:
 SYSTEMS: dict[str, Callable[[str, int], Measure]] = {
     "transformers": transformers_driver,
     "local": local_driver,
+    "fast": fast_driver,
     "actors": actors_driver,
 }
 

@@ -58,16 +58,23 @@ class LLM:
         max_model_len: int | None = None,
         kv_cache_bytes: int | None = None,
         seed: int = 0,
+        deterministic: bool = True,
     ) -> None:
         """ConfigError for a bad argument, CheckpointError for a model that cannot be read, before weights are loaded.
 
         `attention_workers` and `expert_shards` count for `backend="actors"`. `threads`: cores the whole engine may use.
         `seed` decides the samples of requests that bring no seed: the same calls give the same outputs.
+        `deterministic`: the output does not depend on the batch, the shards or a failure; False is torch's own speed.
         """
         self._backend: OfflineBackend | None = None
         if backend not in _BACKENDS:
             raise ConfigError(f"backend is {backend!r}; it must be one of: {', '.join(sorted(_BACKENDS))}")
-        engine = {"max_model_len": max_model_len, "kv_cache_bytes": kv_cache_bytes, "seed": seed}
+        engine = {
+            "max_model_len": max_model_len,
+            "kv_cache_bytes": kv_cache_bytes,
+            "seed": seed,
+            "deterministic": deterministic,
+        }
         values = {
             "model_dir": str(model_dir),
             "dtype": dtype,

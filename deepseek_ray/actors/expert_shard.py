@@ -16,6 +16,7 @@ from deepseek_ray.actors.member_metrics import export_shard
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.control.membership import Directive, MemberReport, MemberState
+from deepseek_ray.kernels.select import select_kernels
 from deepseek_ray.links.connect import listen
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore
@@ -38,7 +39,13 @@ class ExpertShard:
             transport=config.transport,
             incarnation=self._member.identity.incarnation,
         )
-        self._store = ExpertStore(reader, {}, getattr(torch, config.dtype), shared_files=config.packed_files)
+        self._store = ExpertStore(
+            reader,
+            {},
+            getattr(torch, config.dtype),
+            select_kernels(config.engine.deterministic),
+            shared_files=config.packed_files,
+        )
         self._loader = ExpertLoader(self._store, changed=self.report_now)
         self._service = ExpertService(self._listener, self._store, reader.config.hidden_size)
         self._service.start()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deepseek_ray.actors.record import NAMESPACE, DeploymentRecord, actor_name, delete_record, read_plan
 from deepseek_ray.actors.shells import AttentionWorkerActor, ExpertShardActor
@@ -21,14 +22,22 @@ logger = logging.getLogger(__name__)
 
 _NODE_LABEL = "ray.io/node-id"
 """Every node has it, from Ray."""
+_HEAD_RESOURCE = "node:__internal_head__"
 _SHELLS: dict[Role, type] = {"attention_worker": AttentionWorkerActor, "expert_shard": ExpertShardActor}
 
 
 def create_router(config: DeploymentConfig) -> Any:
-    """The router's handle; an existing router of the deployment is joined."""
+    """The router's handle; an existing router of the deployment is joined.
+
+    It runs beside the cluster's own head if it can: nothing works without that one, so no other node's loss, and no
+    network between them, comes into it.
+    """
     from deepseek_ray.actors.router import Router
 
-    return _create(Router, config.name, "router", 0, threads=1, arguments=(config.name,), max_concurrency=1000)
+    head = next((node["NodeID"] for node in ray.nodes() if _HEAD_RESOURCE in node["Resources"]), None)
+    place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
+    arguments = (config.name,)
+    return _create(Router, config.name, "router", 0, threads=1, arguments=arguments, max_concurrency=1000, **place)
 
 
 def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]) -> dict[tuple[Role, int], Any]:

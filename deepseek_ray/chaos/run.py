@@ -9,10 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import psutil
+import ray
 
 from deepseek_ray.actors.deployment import Deployment, start_deployment
 from deepseek_ray.actors.request_session import DeploymentClient
@@ -25,6 +26,7 @@ from deepseek_ray.chaos.nemesis import Nemesis
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.errors import DeploymentError
 
+T = TypeVar("T")
 TOKENS_BEFORE_STRIKE = 5
 """The fault comes when every stream has as many."""
 LATE_CALLS_PART = 0.1
@@ -120,7 +122,7 @@ async def _run_once(
     if cluster is not None:
         await asyncio.to_thread(cluster.restore)
     await asyncio.sleep(_REPORT_SECONDS)
-    counters = await asyncio.to_thread(deployment.stats)
+    counters = await asyncio.to_thread(_answer, deployment.stats)
     strays = await asyncio.to_thread(_wait_alone, deployment)
     return History(seed, clients.calls, nemesis.faults, counters, strays)
 
@@ -148,13 +150,25 @@ def _p90(values: Sequence[float]) -> float | None:
 def _wait_settled(deployment: Deployment) -> None:
     """Everybody back at work: the next run begins like the first."""
     deadline = time.monotonic() + _SETTLE_SECONDS
-    while not deployment.is_settled():
+    while not _answer(deployment.is_settled):
         if time.monotonic() > deadline:
             rows = [f"{row['role']} {row['id']}: {row['state']}" for row in deployment.status()["actors"]]
             raise DeploymentError(
                 f"{deployment.name!r} is not whole again {_SETTLE_SECONDS:g} s after a run: {', '.join(rows)}"
             )
         time.sleep(0.1)
+
+
+def _answer(question: Callable[[], T]) -> T:
+    """What a deployment answers once its router, which may have been struck, is there again."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        try:
+            return question()
+        except (ray.exceptions.RayError, DeploymentError, ValueError):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _wait_alone(deployment: Deployment) -> list[str]:
@@ -168,7 +182,7 @@ def _wait_alone(deployment: Deployment) -> list[str]:
 
 
 def _strays(deployment: Deployment) -> list[str]:
-    members = {row["pid"] for row in deployment.status()["actors"]}
+    members = {row["pid"] for row in _answer(deployment.status)["actors"]}
     found = {process.pid: " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
     title = f"ray::{deployment.name}/"
     return [f"pid {pid} {name}" for pid, name in found.items() if name.startswith(title) and pid not in members]

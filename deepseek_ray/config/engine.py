@@ -26,6 +26,9 @@ class EngineConfig(FrozenConfig):
     """Most requests that wait in one engine; beyond it a request is refused."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt + output in tokens; None takes the model's `max_position_embeddings`."""
+    deterministic: bool = True
+    """Whether a row's bits depend on nothing but the row, so that output is the same whatever the batch, the shards and
+    the failures; False takes torch's operators, which may part at near-ties."""
     seed: int = 0
     """Seed of requests that bring none (mixed with the request id)."""
 

@@ -12,6 +12,7 @@ import torch
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.engine.engine import Engine, plan_engine_cache
 from deepseek_ray.engine.tokenizer import Tokenizer
+from deepseek_ray.kernels.select import select_kernels
 from deepseek_ray.messages import GenerateRequest, TokenEvent
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
@@ -53,8 +54,9 @@ class LocalBackend(OfflineBackend):
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         every_expert = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
-        experts = LocalExperts(ExpertStore(reader, every_expert, dtype))
-        self._engine: Engine | None = Engine(PagedDecoder(reader, dtype, experts), self.tokenizer, config.engine)
+        kernels = select_kernels(config.engine.deterministic)
+        decoder = PagedDecoder(reader, dtype, LocalExperts(ExpertStore(reader, every_expert, dtype, kernels)), kernels)
+        self._engine: Engine | None = Engine(decoder, self.tokenizer, config.engine)
         self.vocab_size = self._engine.vocab_size
         self.max_model_len = self._engine.max_model_len
 

@@ -1,7 +1,8 @@
-"""The operators of the inference path, as an interface with two implementations.
+"""The operators of the inference path, as an interface with three implementations.
 
-All of them are row-invariant: the bits of a row of the result depend on that row's inputs alone, never on the other
-rows, their number, or the number of threads. That is what makes a failover or another batch leave the output unchanged.
+Two of them, `native.py` and `reference.py`, are row-invariant: the bits of a row of the result depend on that row's
+inputs alone, never on the other rows, their number, or the number of threads. That is what makes a failover or another
+batch leave the output unchanged. `fast.py` is not, and serves where `deterministic` is off.
 
 Letters: T tokens (rows), H heads, N output features, K input features, E experts.
 """

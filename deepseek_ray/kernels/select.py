@@ -7,10 +7,16 @@ import logging
 import os
 
 from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.native import KernelBuildError, NativeKernels
 from deepseek_ray.kernels.reference import ReferenceKernels
 
 logger = logging.getLogger(__name__)
+
+
+def select_kernels(deterministic: bool) -> Kernels:
+    """The operators a deployment is to compute with."""
+    return default_kernels() if deterministic else FastKernels()
 
 
 @functools.cache

@@ -8,9 +8,9 @@ import torch
 from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.kernels.native import NativeKernels
 from deepseek_ray.kernels.reference import ReferenceKernels
+from tests.kernels.cases import DTYPES, paged_case, random, tolerance
 
 SHAPES = [(0, 16, 8), (1, 1, 1), (3, 17, 40), (9, 64, 96), (70, 200, 48)]
-DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,6 @@ def native() -> NativeKernels:
 @pytest.fixture(params=["native", "reference"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return NativeKernels() if request.param == "native" else ReferenceKernels()
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,22 +70,6 @@ def test_scores_equal_torch_also_at_the_extremes(native: NativeKernels, kind: st
     logits = torch.cat([random(5, 37) * 10, torch.tensor([[200.0, -200.0] + [0.0] * 35])])
     expected = logits.sigmoid() if kind == "sigmoid" else logits.softmax(-1)
     torch.testing.assert_close(native.scores(logits, kind), expected, rtol=1e-6, atol=1e-7)
-
-
-def paged_case(dtype: torch.dtype, tokens: int, seed: int = 0) -> dict[str, object]:
-    """Two sequences whose blocks are scattered and interleaved in the cache."""
-    block_size, width = 4, 40
-    tables = torch.tensor([[5, 1, 7, 2], [0, 6, 3, 4]], dtype=torch.int32)
-    return {
-        "query": random(tokens, 6, width, seed=seed),
-        "cache": random(8 * block_size, width, dtype=dtype, seed=3),
-        "block_tables": tables,
-        "sequence_rows": torch.arange(tokens, dtype=torch.int32) % 2,
-        "positions": torch.arange(tokens) * 5 % 16,
-        "block_size": block_size,
-        "value_width": 32,
-        "scale": 0.3,
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,33 @@
+"""Inputs of the operators, and how near results must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+
+
+def paged_case(dtype: torch.dtype, tokens: int, seed: int = 0) -> dict[str, Any]:
+    """Two sequences whose blocks are scattered and interleaved in the cache."""
+    block_size, width = 4, 40
+    tables = torch.tensor([[5, 1, 7, 2], [0, 6, 3, 4]], dtype=torch.int32)
+    return {
+        "query": random(tokens, 6, width, seed=seed),
+        "cache": random(8 * block_size, width, dtype=dtype, seed=3),
+        "block_tables": tables,
+        "sequence_rows": torch.arange(tokens, dtype=torch.int32) % 2,
+        "positions": torch.arange(tokens) * 5 % 16,
+        "block_size": block_size,
+        "value_width": 32,
+        "scale": 0.3,
+    }

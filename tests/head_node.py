@@ -12,13 +12,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
+import yaml
 
 from tests.ports import free_ports, node_ports
 
 RAY = Path(sys.executable).with_name("ray")
+_HEAD_ID = "f" * 51 + "00000"  # Ray's fake provider expects this one
+_AUTOSCALER = {
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
+}
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -36,8 +46,14 @@ class HeadNode:
 
 
 @contextmanager
-def head_node(variables: Mapping[str, str] | None = None) -> Iterator[HeadNode]:
-    """`ray start --head` with 2 CPUs; every process of it is gone afterwards. `variables`: more of its environment."""
+def head_node(
+    variables: Mapping[str, str] | None = None, node_type: Mapping[str, Any] | None = None
+) -> Iterator[HeadNode]:
+    """`ray start --head` with 2 CPUs; every process of it is gone afterwards. `variables`: more of its environment.
+
+    `node_type`: what the autoscaler may start, `{"resources": ..., "labels": ..., "max_workers": n}`; the nodes are
+    further processes here (Ray's fake provider).
+    """
     # A short path: Ray puts sockets in it, and their paths may have 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="dr-", dir="/tmp"))
     (directory / "home").mkdir()
@@ -59,6 +75,9 @@ def head_node(variables: Mapping[str, str] | None = None) -> Iterator[HeadNode]:
         f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", *node_ports(),
         f"--temp-dir={directory / 'ray'}", "--num-cpus=2", "--disable-usage-stats",
     ]  # fmt: skip
+    if node_type is not None:
+        environment |= _AUTOSCALER
+        command.append(f"--autoscaling-config={_write_autoscaling(directory, f'127.0.0.1:{gcs}', node_type)}")
     with (directory / "head.log").open("w") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
     try:
@@ -69,6 +88,41 @@ def head_node(variables: Mapping[str, str] | None = None) -> Iterator[HeadNode]:
     finally:
         _stop(head)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write_autoscaling(directory: Path, gcs_address: str, node_type: Mapping[str, Any]) -> Path:
+    file = directory / "autoscaling.yaml"
+    types = {
+        "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+        "ray.worker": {"node_config": {}, "min_workers": 0, **node_type},
+    }
+    values = {
+        "cluster_name": "autoscaled",
+        "max_workers": node_type["max_workers"],
+        "idle_timeout_minutes": 60,
+        "provider": {
+            "type": "external",  # the provider's own type wants a file that the wheel lacks
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": gcs_address,
+            "head_node_id": _HEAD_ID,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+        },
+        "auth": {},
+        "available_node_types": types,
+        "head_node_type": "ray.head.default",
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+    }
+    file.write_text(yaml.safe_dump(values))
+    return file
 
 
 def submit_job(

@@ -55,6 +55,7 @@ def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]
             id,
             threads,
             arguments=(config.name, id, threads),
+            num_cpus=threads if config.reserve_cpus else 0,
             **_place(config, role, id),
         )
     return handles
@@ -142,17 +143,16 @@ def _kill(name: str) -> None:
 def _create(
     cls: type, deployment: str, role: str, id: int, threads: int, arguments: tuple[Any, ...], **options: Any
 ) -> Any:
-    """A detached actor, or the one of this name that exists. It asks for no CPUs: on a small node serving and training
-    share the cores, and the thread counts below bound what each takes."""
+    """A detached actor, or the one of this name that exists. Unless told otherwise it asks for no CPUs: on a small node
+    serving and training share the cores, and the thread counts below bound what each takes."""
     actor: Any = ray.remote(cls).options(
         name=actor_name(deployment, role, id),
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
         max_restarts=-1,
-        num_cpus=0,
         runtime_env={"env_vars": _thread_variables(threads)},
-        **options,
+        **{"num_cpus": 0, **options},
     )
     return actor.remote(*arguments)
 

@@ -121,6 +121,7 @@ async def _run_once(
         await client.close()
     if cluster is not None:
         await asyncio.to_thread(cluster.restore)
+    await asyncio.to_thread(_wait_settled, deployment)
     await asyncio.sleep(_REPORT_SECONDS)
     counters = await asyncio.to_thread(_answer, deployment.stats)
     strays = await asyncio.to_thread(_wait_alone, deployment)

@@ -91,6 +91,10 @@ class DeploymentConfig(FrozenConfig):
     """Labels of the nodes that expert shards run on; empty takes any node."""
     threads: int | None = Field(default=None, ge=1)
     """Cores the whole engine may use; None takes all of them."""
+    reserve_cpus: bool = False
+    """Attention workers and expert shards ask Ray for as many CPUs as they have threads: its autoscaler starts nodes
+    for them, and nothing else is put on their cores. Off, they fit on what is left after a loss, and beside training.
+    """
     transport: Literal["auto", "shared_memory", "tcp"] = "auto"
     """How frames travel; auto is shared memory on one node and TCP between nodes."""
     packed_files: bool = True

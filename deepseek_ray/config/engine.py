@@ -26,6 +26,8 @@ class EngineConfig(FrozenConfig):
     """Most requests that wait in one engine; beyond it a request is refused."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt + output in tokens; None takes the model's `max_position_embeddings`."""
+    prefix_caching: bool = True
+    """Keep the latents of computed tokens until their room is needed, for sequences that begin with the same tokens."""
     seed: int = 0
     """Seed of requests that bring none (mixed with the request id)."""
 

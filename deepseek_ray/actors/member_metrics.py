@@ -29,6 +29,8 @@ class WorkerMetrics:
         exporter, experts = self._exporter, self._experts
         if stats := self._stats():
             exporter.total("vllm_num_preemptions_total", stats.num_preemptions)
+            exporter.total("vllm_prefix_cache_queries_total", stats.num_prefix_cache_queries)
+            exporter.total("vllm_prefix_cache_hits_total", stats.num_prefix_cache_hits)
         exporter.total("moe_frames_total", experts.num_frames)
         exporter.total("moe_frames_resent_total", experts.num_frames_resent)
         exporter.total("moe_frames_hedged_total", experts.num_frames_hedged)

@@ -119,6 +119,9 @@ WRONG_FIELDS = [
     ("prompt", None, "a string, a list of strings"),
     ("prompt", {"text": "a"}, "a string, a list of strings"),
     ("request_id", "a b\r\nc", "pattern"),
+    ("cache_salt", "", "at least 1 character"),
+    ("cache_salt", "x" * 513, "at most 512 characters"),
+    ("cache_salt", 5, "valid string"),
     ("tempreature", 1, "unknown field 'tempreature'; did you mean 'temperature'?"),
 ]
 
@@ -131,6 +134,12 @@ def test_a_wrong_field_is_named_with_value_and_limit(client: httpx.Client, field
     assert words in error["message"]
     assert error["param"].split(".")[0] == field
     assert error["type"] == "invalid_request_error"
+
+
+def test_a_salt_that_is_not_unicode_is_refused(client: httpx.Client) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "hi", "cache_salt": "\ud800"})
+    error = error_of(client.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}), 400)
+    assert error["param"] == "cache_salt"
 
 
 WRONG_CHATS = [

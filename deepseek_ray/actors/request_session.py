@@ -21,6 +21,7 @@ import ray
 import deepseek_ray.errors as errors
 from deepseek_ray.actors.record import DeploymentDescription, DeploymentRecord, get_router, require_record
 from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.control.peers import next_in_ring
 from deepseek_ray.errors import DeadlineExceededError, DeepSeekRayError, LinkError, UnavailableError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect
@@ -53,6 +54,7 @@ class DeploymentClient:
         self._connecting = asyncio.Lock()
         self._known_workers: dict[int, WorkerView] = {}
         self._turn = itertools.count()
+        self._kv_copies = record.config.kv_copies
 
     @classmethod
     async def connect(cls, name: str) -> Self:
@@ -161,9 +163,15 @@ class DeploymentClient:
             known = [w for w in self._known_workers.values() if (w.id, w.incarnation) not in lost]
             if not known:
                 raise UnavailableError(f"the router does not answer ({error}); try again in a few seconds") from None
-            return known[next(self._turn) % len(known)]
+            return self._choose(known, lost)
         self._known_workers[worker.id] = worker
         return worker
+
+    def _choose(self, known: list[WorkerView], lost: list[tuple[int, int]]) -> WorkerView:
+        """In turn; who has copies of what a lost worker computed, first."""
+        peer = next_in_ring(lost[-1][0], (worker.id for worker in known)) if lost and self._kv_copies else None
+        turn = next(self._turn) % len(known)
+        return next((worker for worker in known if worker.id == peer), known[turn])
 
     def _release(self, request_id: str) -> None:
         try:

@@ -42,6 +42,12 @@ CELLS = {
         config={"attention_workers": 2},
         promised_stall=1.5,
     ),
+    "kill-worker-copies": Cell(
+        "SIGKILL attention worker, 2 workers, KV copies",
+        lambda nemesis: nemesis.kill("attention_worker"),
+        config={"attention_workers": 2, "kv_copies": True},
+        promised_stall=1.5,
+    ),
     "kill-router": Cell("SIGKILL router", lambda nemesis: nemesis.kill("router"), promised_stall=0.3),
     "stop-shard-replica": Cell(
         "SIGSTOP expert shard 10 s, replica there",

@@ -136,12 +136,6 @@ def test_a_wrong_field_is_named_with_value_and_limit(client: httpx.Client, field
     assert error["type"] == "invalid_request_error"
 
 
-def test_a_salt_that_is_not_unicode_is_refused(client: httpx.Client) -> None:
-    body = json.dumps({"model": MODEL, "prompt": "hi", "cache_salt": "\ud800"})
-    error = error_of(client.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}), 400)
-    assert error["param"] == "cache_salt"
-
-
 WRONG_CHATS = [
     ({"messages": []}, "messages", "messages holds 0 messages; send 1 to 4"),
     ({"messages": MESSAGES * 5}, "messages", "messages holds 5 messages"),

@@ -56,10 +56,17 @@ def test_a_retry_goes_to_who_has_the_copies_of_the_lost_worker() -> None:
     assert admission.admit("a", 1, 60, workers(3), now=0, avoid=lost[1:]).id == 2, "though it has most to do"
     assert admission.admit("b", 1, 60, workers(4), now=0, avoid=lost[1:]).id == 0, "it has no room"
     assert admission.admit("c", 1, 60, workers(4), now=0, avoid=[(3, 1)]).id == 0, "the ring is closed"
-    assert admission.admit("d", 1, 60, workers(4)[2:], now=0, avoid=[(2, 1), (0, 1)]).id == 3
     without = Admission(max_in_flight=2)
     without.admit("busy", 1000, 60, workers(3)[2:], now=0)
     assert without.admit("a", 1, 60, workers(3), now=0, avoid=lost[1:]).id == 0
+
+
+@pytest.mark.parametrize(("lost", "chosen"), [([2, 0], 1), ([1, 0], 2), ([0, 3], 1)])
+def test_of_several_losses_the_last_one_had_the_copies(lost: list[int], chosen: int) -> None:
+    admission = Admission(max_in_flight=2, kv_copies=True)
+    admission.admit("busy", 1000, 60, [workers(4)[chosen]], now=0)
+    avoid = [(id, 1) for id in lost]
+    assert admission.admit("a", 1, 60, workers(4), now=0, avoid=avoid).id == chosen
 
 
 def test_the_next_life_of_a_lost_worker_has_no_copies() -> None:

@@ -83,7 +83,8 @@ def prompts(request: dict[str, Any], vocab_size: int = 32000) -> list[list[int]]
 
 
 def _config(model_dir: str, threads: int) -> DeploymentConfig:
-    engine = EngineConfig(max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=1024)
+    # Rounds repeat their prompts, and each is to be computed.
+    engine = EngineConfig(max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=1024, prefix_caching=False)
     return DeploymentConfig(model_dir=model_dir, dtype="bfloat16", threads=threads, engine=engine)
 
 

@@ -181,6 +181,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, frozen=True, tag="generate")
     """Time left when the request was sent, a duration: clocks of two processes are never compared."""
     prompt_logprobs: int | None = None
     """Report the prompt's own tokens too, as `SamplingParams.logprobs` does the output's; None reports nothing."""
+    cache_salt: str | None = None
+    """Requests share cached prefixes only with those of the same salt."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -217,6 +219,8 @@ class TokenEvent(msgspec.Struct, kw_only=True, frozen=True):
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     """Entries of the prompt's second token on, with the event of index 0, when the request asked for them."""
+    num_cached_tokens: int | None = None
+    """With the event of index 0: prompt tokens that were found in the prefix cache."""
     finish_reason: str | None = None
     """None while running; then "stop", "length", "abort" or "error"."""
     stop_reason: int | str | None = None

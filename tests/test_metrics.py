@@ -35,7 +35,7 @@ def test_rays_dashboard_finds_its_names() -> None:
     asked = set(re.findall(r"ray_(vllm_\w+)", Path(panels.__file__).read_text(encoding="utf-8")))
     suffixes = {"histogram": ("", "_sum", "_count", "_bucket"), "counter": ("",), "gauge": ("",)}
     shown = {metric.name + suffix for metric in METRICS.values() for suffix in suffixes[metric.kind]}
-    absent = ("vllm_prefix_cache", "vllm_external_prefix", "vllm_nixl", "vllm_kv_offload", "vllm_num_requests_swapped")
+    absent = ("vllm_external_prefix", "vllm_nixl", "vllm_kv_offload", "vllm_num_requests_swapped")
     assert {name for name in asked - shown if not name.startswith(absent)} == set()
 
 

@@ -14,13 +14,14 @@ import ray
 import torch
 
 from deepseek_ray.actors.expert_client import RemoteExperts
+from deepseek_ray.actors.kv_copies import CopyCounts, CopySender
 from deepseek_ray.actors.member import Member
 from deepseek_ray.actors.member_metrics import WorkerMetrics
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.actors.token_service import TokenService
-from deepseek_ray.control.membership import Directive, MemberReport, MemberState, ShardAddress
+from deepseek_ray.control.membership import Directive, MemberReport, MemberState, ShardAddress, WorkerView
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.offline import tokenizer_beside
 from deepseek_ray.engine.stats import EngineStats
@@ -59,7 +60,8 @@ class AttentionWorker:
             transport=self._config.transport,
             incarnation=self._member.identity.incarnation,
         )
-        self._service = TokenService(self._listener, _exit_at_once, after_step=lambda: self._experts.meter.end_step())
+        self._copies = CopySender(self._connect) if self._config.kv_copies else None
+        self._service = TokenService(self._listener, _exit_at_once, self._after_step, self._config.kv_copies)
         self._experts = RemoteExperts(
             self._directory,
             self._connect,
@@ -69,7 +71,7 @@ class AttentionWorker:
             hedge_after_seconds=self._config.hedge_after_seconds,
         )
         exporter = MetricsExporter(model_name=self._record.description.served_model_name, engine=str(id))
-        export_every_second(WorkerMetrics(exporter, self._experts, self._stats).collect)
+        export_every_second(WorkerMetrics(exporter, self._experts, self._stats, self._copy_counts).collect)
         threading.Thread(target=self._load, name="load", daemon=True).start()
         self._member.start()
 
@@ -98,7 +100,7 @@ class AttentionWorker:
         self._state = "ready"
         self._member.report_now()
 
-    def _connect(self, address: ShardAddress) -> Link:
+    def _connect(self, address: ShardAddress | WorkerView) -> Link:
         return connect(
             address.endpoints,
             node_id=self._member.node_id,
@@ -117,6 +119,7 @@ class AttentionWorker:
         }
         if (engine := self._stats()) is not None:
             stats |= msgspec.structs.asdict(engine)
+        stats |= {f"kv_blocks_{name}": count for name, count in self._copy_counts()._asdict().items()}
         return msgspec.structs.replace(
             identity,
             state=self._state,
@@ -139,7 +142,20 @@ class AttentionWorker:
     def _stats(self) -> EngineStats | None:
         return None if self._engine is None else self._engine.stats()
 
+    def _after_step(self) -> None:
+        self._experts.meter.end_step()
+        if self._copies is not None and self._engine is not None:
+            self._copies.after_step(self._engine.copies)
+
+    def _copy_counts(self) -> CopyCounts:
+        sender, inbox = self._copies, self._service.copies
+        if sender is None or inbox is None:
+            return CopyCounts()
+        return CopyCounts(sender.num_sent, inbox.num_received, sender.num_dropped + inbox.num_dropped)
+
     def _obey(self, directive: Directive) -> None:
+        if self._copies is not None:
+            self._copies.follow(directive.peer)
         if directive.table is not None:
             self._directory.update(directive.table, directive.shards)
             self._table_arrived.set()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from deepseek_ray.actors.expert_client import RemoteExperts
 from deepseek_ray.actors.expert_service import ExpertService
+from deepseek_ray.actors.kv_copies import CopyCounts
 from deepseek_ray.actors.metrics_export import MetricsExporter
 from deepseek_ray.engine.stats import EngineStats
 from deepseek_ray.metrics import MAX_EXPERT_SERIES
@@ -18,17 +19,26 @@ class WorkerMetrics:
     """An attention worker's. `stats` gives its engine's figures, None before there is an engine."""
 
     def __init__(
-        self, exporter: MetricsExporter, experts: RemoteExperts, stats: Callable[[], EngineStats | None]
+        self,
+        exporter: MetricsExporter,
+        experts: RemoteExperts,
+        stats: Callable[[], EngineStats | None],
+        copies: Callable[[], CopyCounts],
     ) -> None:
         self._exporter = exporter
         self._experts = experts
         self._stats = stats
+        self._copies = copies
         self._exported: dict[int, NDArray[np.int64]] = {}
 
     def collect(self) -> None:
         exporter, experts = self._exporter, self._experts
         if stats := self._stats():
             exporter.total("vllm_num_preemptions_total", stats.num_preemptions)
+            exporter.total("vllm_prefix_cache_queries_total", stats.num_prefix_cache_queries)
+            exporter.total("vllm_prefix_cache_hits_total", stats.num_prefix_cache_hits)
+        for name, count in self._copies()._asdict().items():
+            exporter.total(f"moe_kv_blocks_{name}_total", count)
         exporter.total("moe_frames_total", experts.num_frames)
         exporter.total("moe_frames_resent_total", experts.num_frames_resent)
         exporter.total("moe_frames_hedged_total", experts.num_frames_hedged)

@@ -21,6 +21,7 @@ import deepseek_ray.errors as errors
 from deepseek_ray.actors.record import DeploymentDescription, DeploymentRecord, get_router, require_record
 from deepseek_ray.actors.worker_stream import WorkerStream
 from deepseek_ray.control.membership import SUSPECT_SECONDS, WorkerView
+from deepseek_ray.control.peers import next_in_ring
 from deepseek_ray.errors import DeadlineExceededError, DeepSeekRayError, LinkError, UnavailableError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect
@@ -61,6 +62,7 @@ class DeploymentClient:
         self._connecting = asyncio.Lock()
         self._known_workers: dict[int, WorkerView] = {}
         self._turn = itertools.count()
+        self._kv_copies = record.config.kv_copies
 
     @classmethod
     async def connect(cls, name: str) -> Self:
@@ -114,6 +116,7 @@ class DeploymentClient:
                             return
             except _WorkerLostError as error:
                 logger.warning("request %s goes elsewhere: %s", request.request_id, error)
+                lost.pop((worker.id, worker.incarnation), None)  # the latest last
                 lost[worker.id, worker.incarnation] = time.monotonic()
                 num_lost += error.was_running
             if num_lost == MAX_LOST:
@@ -177,9 +180,15 @@ class DeploymentClient:
             known = [w for w in self._known_workers.values() if (w.id, w.incarnation) not in avoid]
             if not known:
                 raise UnavailableError(f"the router does not answer ({error}); try again in a few seconds") from None
-            return known[next(self._turn) % len(known)]
+            return self._choose(known, avoid)
         self._known_workers[worker.id] = worker
         return worker
+
+    def _choose(self, known: list[WorkerView], lost: list[tuple[int, int]]) -> WorkerView:
+        """In turn; who has copies of what a lost worker computed, first."""
+        peer = next_in_ring(lost[-1][0], (worker.id for worker in known)) if lost and self._kv_copies else None
+        turn = next(self._turn) % len(known)
+        return next((worker for worker in known if worker.id == peer), known[turn])
 
     def _release(self, request_id: str) -> None:
         try:

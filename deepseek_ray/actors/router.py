@@ -58,9 +58,10 @@ class Router:
             plan=plan,
             started=time.monotonic(),
             drain_seconds=config.drain_seconds,
+            kv_copies=config.kv_copies,
         )
         self._load = ExpertLoad(self._record.moe_layers, self._record.num_experts, _LOAD_WINDOW_SECONDS)
-        self._admission = Admission(max_in_flight=config.engine.max_num_seqs + config.engine.max_waiting)
+        self._admission = Admission(config.engine.max_num_seqs + config.engine.max_waiting, config.kv_copies)
         self._leases = Leases(config.orphan_timeout_seconds, started=time.monotonic())
         self._exporter = MetricsExporter(model_name=self._record.description.served_model_name)
         self._rebalanced = time.monotonic()

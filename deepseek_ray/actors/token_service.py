@@ -17,11 +17,12 @@ from collections.abc import Callable
 import msgspec
 
 from deepseek_ray.actors.expert_client import StepInterruptedError
+from deepseek_ray.actors.kv_copies import CopyInbox
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.errors import DeepSeekRayError, LinkClosedError, LinkError, RequestError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import Listener
-from deepseek_ray.links.frame import FrameKind, message_frame, read_message
+from deepseek_ray.links.frame import Frame, FrameKind, message_frame, read_message
 from deepseek_ray.messages import AbortRequest, ClientMessage, GenerateRequest, TokenEvent, TokenEvents
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,19 @@ class _LinkLost(msgspec.Struct, frozen=True):
     """In the inbox: the client behind a link is gone."""
 
 
-_Item = tuple[Link, GenerateRequest | AbortRequest | _LinkLost]
+class _CopyCame(msgspec.Struct, frozen=True):
+    """In the inbox of an idle engine: there is a copy of a block to take in."""
+
+
+_Message = GenerateRequest | AbortRequest | _LinkLost | _CopyCame
+_Item = tuple[Link, _Message]
 
 
 class TokenService:
     """Serves requests on every link the listener accepts.
 
-    `fatal` is called when the engine loop cannot go on, `after_step` after each step of the engine.
+    `fatal` is called when the engine loop cannot go on, `after_step` after each step of the engine. With `keep_copies`
+    other workers may send copies of their cache blocks, which then are in the engine's prefix cache.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class TokenService:
         listener: Listener,
         fatal: Callable[[BaseException], None],
         after_step: Callable[[], None] = lambda: None,
+        keep_copies: bool = False,
     ) -> None:
         self._listener = listener
         self._fatal = fatal
@@ -54,10 +62,15 @@ class TokenService:
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._owners: dict[str, Link] = {}
         self._engine: Engine | None = None
+        self._keep_copies = keep_copies
+        self.copies: CopyInbox | None = None
+        """With `keep_copies`, from `start` on."""
+        self._idle = False
 
     def start(self, engine: Engine) -> None:
         """Begin to accept clients; until now they wait in the listener's queue."""
         self._engine = engine
+        self.copies = CopyInbox(engine.copies.shape) if self._keep_copies else None
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
@@ -84,6 +97,9 @@ class TokenService:
                     continue
                 if frame.kind is FrameKind.BYE:
                     break
+                if frame.kind is FrameKind.KV_BLOCK:
+                    self._keep(link, frame)
+                    continue
                 message = read_message(frame, _DECODER)
                 self._compile(message)
                 self._inbox.put((link, message))
@@ -92,6 +108,14 @@ class TokenService:
         except LinkError as error:
             logger.warning("link to %s closed: %s", link.peer, error)
         self._inbox.put((link, _LinkLost()))
+
+    def _keep(self, link: Link, frame: Frame) -> None:
+        """Hand a copy to the engine's thread. It is not worth interrupting a step: only an idle engine is woken."""
+        if self.copies is None:
+            raise LinkError("a copy of a cache block came and this worker keeps none; run one configuration everywhere")
+        self.copies.put(frame)
+        if self._idle:
+            self._inbox.put((link, _CopyCame()))
 
     def _compile(self, message: ClientMessage) -> None:
         """Compile a structured output's constraint here, in a reader's thread: other sequences go on meanwhile."""
@@ -112,7 +136,14 @@ class TokenService:
         """Take in what arrived (waiting for it when idle), run one step, send what it added."""
         engine = self._engine
         assert engine is not None
-        self._drain(block=not engine.has_work)
+        self._idle = not engine.has_work
+        # In this order: whose copy is not seen here sees `_idle` and wakes this thread.
+        self._drain(block=self._idle and not (self.copies and self.copies.has_any))
+        if self.copies:
+            self.copies.take_in(engine.copies)  # before a request that they are for is admitted
+        if not engine.has_work:
+            return
+        self._idle = False
         try:
             self._send(engine.step())
         except StepInterruptedError as error:
@@ -124,7 +155,7 @@ class TokenService:
             self._handle(*self._inbox.get())
             block = False
 
-    def _handle(self, link: Link, message: GenerateRequest | AbortRequest | _LinkLost) -> None:
+    def _handle(self, link: Link, message: _Message) -> None:
         engine = self._engine
         assert engine is not None
         if isinstance(message, GenerateRequest):
@@ -135,7 +166,7 @@ class TokenService:
                 self._send_to(link, [_refusal(message, error)])
         elif isinstance(message, AbortRequest):
             engine.abort(message.request_id)
-        else:
+        elif isinstance(message, _LinkLost):
             for request_id in [id for id, owner in self._owners.items() if owner is link]:
                 del self._owners[request_id]
                 engine.abort(request_id)

@@ -56,6 +56,12 @@ CELLS = {
         config={"attention_workers": 2},
         promised_stall=1.5,
     ),
+    "kill-worker-copies": Cell(
+        "SIGKILL attention worker, 2 workers, KV copies",
+        lambda nemesis: nemesis.kill("attention_worker"),
+        config={"attention_workers": 2, "kv_copies": True},
+        promised_stall=1.5,
+    ),
     "stop-worker": Cell(
         "SIGSTOP attention worker 20 s, 2 workers",
         lambda nemesis: nemesis.stop("attention_worker", 20.0),

@@ -44,6 +44,12 @@ def serve(
     standby_shards: Annotated[
         int, typer.Option(help="Processes that wait to take the place of an expert shard that is lost.")
     ] = _default("standby_shards"),
+    kv_copies: Annotated[
+        bool, typer.Option("--kv-copies", help="Attention workers keep copies of each other's KV cache.")
+    ] = _default("kv_copies"),
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Compute what several prompts begin with only once.")
+    ] = EngineConfig.model_fields["prefix_caching"].default,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _default("dtype"),
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
@@ -102,8 +108,12 @@ def serve(
             "expert_shards": expert_shards,
             "expert_replicas": expert_replicas,
             "standby_shards": standby_shards,
+            "kv_copies": kv_copies,
             "threads": threads,
-            "engine": EngineConfig.parse({"max_model_len": max_model_len, "kv_cache_bytes": kv_cache_bytes}, "serve"),
+            "engine": EngineConfig.parse(
+                {"max_model_len": max_model_len, "kv_cache_bytes": kv_cache_bytes, "prefix_caching": prefix_caching},
+                "serve",
+            ),
         },
         "serve",
     )

@@ -29,6 +29,8 @@ class EngineConfig(FrozenConfig):
     deterministic: bool = True
     """Whether a row's bits depend on nothing but the row, so that output is the same whatever the batch, the shards and
     the failures; False takes torch's operators, which may part at near-ties."""
+    prefix_caching: bool = True
+    """Keep the latents of computed tokens until their room is needed, for sequences that begin with the same tokens."""
     seed: int = 0
     """Seed of requests that bring none (mixed with the request id)."""
 
@@ -100,6 +102,9 @@ class DeploymentConfig(FrozenConfig):
     packed_files: bool = True
     """Keep the experts as the kernels want them in files of each node, which replicas, standbys and restarted shards
     map in no time; it takes as much disk as the experts do."""
+    kv_copies: bool = False
+    """Each attention worker sends copies of its cache blocks to the next one, which goes on from there when it dies;
+    without them the requests of a lost worker are computed again from their tokens."""
     hedge_after_seconds: float = Field(default=0.3, gt=0)
     """An expert shard that has not answered for this long (four times its slowest recent answer if that is longer, ten
     times this at most) is not waited for where another one holds the experts."""
@@ -110,6 +115,17 @@ class DeploymentConfig(FrozenConfig):
     request_timeout_seconds: float = Field(default=600.0, gt=0)
     """Deadline of a request that brings none; also the longest a request may ask for."""
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _check_copies(self) -> Self:
+        if self.kv_copies and self.attention_workers < 2:
+            raise ValueError(
+                f"kv_copies needs another attention worker to keep the copies and attention_workers is "
+                f"{self.attention_workers}; raise attention_workers to 2 or more"
+            )
+        if self.kv_copies and not self.engine.prefix_caching:
+            raise ValueError("kv_copies needs the prefix cache; set engine.prefix_caching to true")
+        return self
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:

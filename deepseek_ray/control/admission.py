@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.control.peers import next_in_ring
 from deepseek_ray.errors import OverloadedError, UnavailableError
 
 
@@ -22,6 +23,8 @@ class Admission:
 
     max_in_flight: int
     """Most requests one worker may run or queue."""
+    kv_copies: bool = False
+    """Whether workers copy their cache blocks to a peer."""
     _requests: dict[str, _InFlight] = field(default_factory=dict)
 
     def admit(
@@ -33,9 +36,10 @@ class Admission:
         now: float,
         avoid: Sequence[tuple[int, int]] = (),
     ) -> WorkerView:
-        """The worker with the fewest outstanding tokens; `avoid` lists (id, incarnation) of lost ones.
+        """The worker with the fewest outstanding tokens; `avoid` lists (id, incarnation) of lost ones, the latest last.
 
-        Raises UnavailableError without workers, OverloadedError when each is full.
+        With `kv_copies` a request whose worker was lost goes to the peer that has copies of what was computed for it,
+        if that one has room. Raises UnavailableError without workers, OverloadedError when each is full.
         """
         self._requests = {key: entry for key, entry in self._requests.items() if entry.expires > now}
         self._requests.pop(request_id, None)
@@ -55,7 +59,8 @@ class Admission:
                 "attention workers; retry after the given time",
                 retry_after_seconds=1.0,
             )
-        chosen = min(free, key=lambda worker: (load[worker.id][1], worker.id))
+        peer = next_in_ring(avoid[-1][0], (worker.id for worker in candidates)) if self.kv_copies and avoid else None
+        chosen = min(free, key=lambda worker: (worker.id != peer, load[worker.id][1], worker.id))
         self._requests[request_id] = _InFlight(chosen.id, tokens, now + seconds)
         return chosen
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from deepseek_ray.control.peers import next_in_ring
 from deepseek_ray.control.plan import Plan, Role, take_over, without_member
 from deepseek_ray.control.routes import held_by, published_placement, unreachable_experts
 from deepseek_ray.expert_parallel.placement import Placement, experts_of_shard
@@ -59,6 +60,14 @@ class ShardAddress(msgspec.Struct, frozen=True):
     endpoints: Endpoints
 
 
+class WorkerView(msgspec.Struct, frozen=True):
+    """An attention worker that takes requests."""
+
+    id: int
+    incarnation: int
+    endpoints: Endpoints
+
+
 class Directive(msgspec.Struct, kw_only=True, frozen=True):
     """What the router tells a member in answer to its report."""
 
@@ -73,14 +82,8 @@ class Directive(msgspec.Struct, kw_only=True, frozen=True):
     """For a worker whose table is older than the router's."""
     shards: dict[int, ShardAddress] = {}
     """With `table`: the shards that answer now."""
-
-
-class WorkerView(msgspec.Struct, frozen=True):
-    """An attention worker that takes requests."""
-
-    id: int
-    incarnation: int
-    endpoints: Endpoints
+    peer: WorkerView | None = None
+    """For a worker, where blocks are copied: who keeps copies of its full cache blocks; None while there is nobody."""
 
 
 @dataclass
@@ -101,6 +104,8 @@ class Membership:
     started: float = 0.0
     drain_seconds: float = 30.0
     """How long a worker that leaves may finish what it has."""
+    kv_copies: bool = False
+    """Whether workers copy their cache blocks to a peer."""
     closing: bool = False
     epoch: int = 1
     _members: dict[tuple[Role, int], _Member] = field(default_factory=dict)
@@ -131,9 +136,10 @@ class Membership:
                 self._publish(now)
             return self._direct_shard(report, now)
         self._replace_lost(report.lost_shards, now)
+        peer = self._peer_of(report.id, now) if self.kv_copies else None
         if report.table_version != self.table.version and self._has_heard(now):
-            return Directive(generation=self.generation, table=self.table, shards=self._addresses)
-        return Directive(generation=self.generation)
+            return Directive(generation=self.generation, table=self.table, shards=self._addresses, peer=peer)
+        return Directive(generation=self.generation, peer=peer)
 
     def replan(self, plan: Plan, now: float) -> None:
         """A command has changed the plan."""
@@ -195,6 +201,11 @@ class Membership:
         else:
             lost = member.report.incarnation > incarnation or self._state(member, now) == "lost"
         return lost and any((view.id, view.incarnation) != (id, incarnation) for view in self.workers(now))
+
+    def _peer_of(self, worker: int, now: float) -> WorkerView | None:
+        ready = {view.id: view for view in self.workers(now)}
+        peer = next_in_ring(worker, ready)
+        return None if peer is None else ready[peer]
 
     def ready(self, now: float) -> bool:
         """Can generate: every expert and one worker answer, or did so less than GRACE_SECONDS ago."""

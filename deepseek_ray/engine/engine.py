@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from deepseek_ray.config.engine import EngineConfig
+from deepseek_ray.engine.block_copies import BlockCopies
 from deepseek_ray.engine.generation import Generation
 from deepseek_ray.engine.grammar import Grammars
 from deepseek_ray.engine.kv_blocks import CachePlan, KVBlocks, plan_cache
@@ -68,9 +69,14 @@ class Engine:
         """Constraints of structured outputs; other threads may compile there what requests will need."""
         self._clock = clock
         self._scheduler = Scheduler(
-            KVBlocks(plan.num_blocks, config.block_size), config.max_num_seqs, config.max_num_batched_tokens
+            KVBlocks(plan.num_blocks, config.block_size),
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.prefix_caching,
         )
         self._runner = Runner(decoder, plan.num_blocks, config.block_size)
+        self.copies = BlockCopies(self._scheduler.blocks, self._runner.cache, self._scheduler.full_blocks)
+        """The way of full blocks out of this engine and into it."""
         self._generations: dict[str, Generation] = {}
         self._ended: list[TokenEvent] = []  # ends that did not come from a step; the next step returns them
         self._num_prompt_tokens = 0
@@ -134,6 +140,7 @@ class Engine:
         that request. An exception of the decoder itself travels to the caller; the failed step is not counted, so
         calling again repeats it.
         """
+        self.copies.new_blocks = []
         self._end_expired()
         if self._ended:
             events, self._ended = self._ended, []
@@ -148,7 +155,7 @@ class Engine:
             logits = self._runner.run(step)
         except ExpertsCrashedError as error:
             return [self._end_crashed(step, error)]
-        self._scheduler.advance(step)
+        self.copies.new_blocks = self._scheduler.advance(step)
         events = []
         row = 0
         for item in step.items:
@@ -169,6 +176,8 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_prefix_cache_queries=scheduler.num_prefix_cache_queries,
+            num_prefix_cache_hits=scheduler.num_prefix_cache_hits,
         )
 
     def _start(self, request: GenerateRequest) -> None:
@@ -233,6 +242,8 @@ class Engine:
         except Exception as error:  # whatever it is, it is about this request: the others go on
             logger.warning("request %s ends: %s", generation.request.request_id, error, exc_info=error)
             event = generation.end(Finish("error"), error)
+            if isinstance(error, GenerationError):  # its latents may be as wrong as its logits
+                self._scheduler.forget(generation.sequence)
         if event.finish_reason is not None:
             self._remove(generation)
         return event

@@ -121,6 +121,7 @@ class Generation:
             text=text,
             logprobs=logprobs,
             prompt_logprobs=self._prompt_logprobs if index == 0 and self.request.prompt_logprobs is not None else None,
+            num_cached_tokens=sequence.num_cached_tokens if index == 0 else None,
             finish_reason=finish.reason if finish else None,
             stop_reason=finish.stop_reason if finish else None,
             timing=self.timeline.finished(now) if finish else None,

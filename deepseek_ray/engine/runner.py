@@ -46,13 +46,13 @@ class Runner:
 
     def __init__(self, decoder: Decoder, num_blocks: int, block_size: int) -> None:
         self._decoder = decoder
-        self._cache = decoder.new_cache(num_blocks, block_size)
+        self.cache = decoder.new_cache(num_blocks, block_size)
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> NDArray[np.float32]:
         """Logits [n, vocab_size]: for each item of the step its `scored` places, then its last token if it samples."""
-        batch = make_batch(step, self._cache.block_size)
-        return self._decoder.forward(batch, self._cache).numpy()
+        batch = make_batch(step, self.cache.block_size)
+        return self._decoder.forward(batch, self.cache).numpy()
 
 
 def make_batch(step: ScheduledStep, block_size: int) -> PagedBatch:

@@ -2,7 +2,8 @@
 
 The policy of vLLM's V1 scheduler (vllm/v1/core/sched/scheduler.py): running sequences first, in the order they came,
 then waiting ones, until the step's token budget is spent. When blocks run out, the sequence that came last is
-preempted: its blocks are freed and it is computed again later, from its tokens.
+preempted: its blocks are freed and it is computed again later, from its tokens. Who is admitted takes over what full
+blocks of its beginning the prefix cache has.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from deepseek_ray.engine.kv_blocks import KVBlocks, blocks_for
+from deepseek_ray.engine.prefix_cache import NamedBlock
 from deepseek_ray.engine.sequence import Sequence, SequenceStatus
 from deepseek_ray.errors import RequestError
 
@@ -24,6 +26,8 @@ class ScheduledSequence:
     num_tokens: int
     scored: range = range(0)
     """Places in the sequence whose logits say how likely the prompt's next token was; empty unless asked for."""
+    num_found: int = 0
+    """Tokens before `start` that the prefix cache had, when the sequence is admitted with this step."""
 
     @property
     def samples(self) -> bool:
@@ -49,13 +53,20 @@ class ScheduledStep:
 class Scheduler:
     """First come, first served, within `max_num_seqs` running sequences and `max_num_batched_tokens` per step."""
 
-    def __init__(self, blocks: KVBlocks, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, blocks: KVBlocks, max_num_seqs: int, max_num_batched_tokens: int, prefix_caching: bool = True
+    ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
+        self.prefix_caching = prefix_caching
         self.num_preemptions = 0
+        self.num_prefix_cache_queries = 0
+        """Tokens of sequences that were looked up, without preempted ones that come again."""
+        self.num_prefix_cache_hits = 0
+        """Of these, the ones that were found."""
 
     @property
     def has_sequences(self) -> bool:
@@ -83,17 +94,49 @@ class Scheduler:
             self._schedule_waiting(step, budget)
         return step
 
-    def advance(self, step: ScheduledStep) -> None:
-        """Record that the step's tokens are computed."""
+    def advance(self, step: ScheduledStep) -> list[NamedBlock]:
+        """Record that the step's tokens are computed, from where on others may find the blocks they fill.
+
+        Returns the full blocks that sequences have got with this step, computed or found.
+        """
+        full_blocks = []
         for item in step.items:
             item.sequence.num_computed_tokens = item.start + item.num_tokens
             item.sequence.num_scored_tokens = max(item.sequence.num_scored_tokens, item.scored.stop)
+            if self.prefix_caching:
+                full_blocks += self._name_blocks(item)
+        return full_blocks
+
+    def full_blocks(self) -> list[NamedBlock]:
+        """Every full block of the running sequences, each once."""
+        size = self.blocks.block_size
+        names = (
+            sequence.block_keys.name(index, sequence.block_table[index], size)
+            for sequence in self.running
+            for index in range(sequence.num_computed_tokens // size)
+        )
+        return list({name.key: name for name in names}.values())
 
     def finish(self, sequence: Sequence) -> None:
         """Take a running or waiting sequence out and free its blocks."""
         (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
         self.blocks.release(sequence.block_table)
         sequence.status = SequenceStatus.FINISHED
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nobody else shall use what was computed for this running sequence: its values are wrong."""
+        self.blocks.forget(sequence.block_table)
+
+    def _name_blocks(self, item: ScheduledSequence) -> list[NamedBlock]:
+        """The full blocks that a computed item has brought its sequence; the computed ones are found from now on."""
+        sequence, size = item.sequence, self.blocks.block_size
+        names = [
+            sequence.block_keys.name(index, sequence.block_table[index], size)
+            for index in range((item.start - item.num_found) // size, sequence.num_computed_tokens // size)
+        ]
+        for name in names[item.num_found // size :]:
+            self.blocks.prefixes.add(name)
+        return names
 
     def _schedule_running(self, step: ScheduledStep) -> int:
         """Schedule running sequences, preempting from the end where blocks are short; return the budget left."""
@@ -104,7 +147,7 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if not self._grow_or_preempt(sequence, sequence.num_computed_tokens + num_tokens, step):
                 break  # it was the last one and preempted itself
-            step.items.append(_scheduled(sequence, sequence.num_computed_tokens, num_tokens))
+            step.items.append(self._scheduled(sequence, num_tokens))
             budget -= num_tokens
             index += 1
         return budget
@@ -129,17 +172,41 @@ class Scheduler:
         """Admit in order of arrival, each with blocks for all its tokens, so that no prompt is preempted half-way."""
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            if not self.blocks.try_grow(sequence.block_table, sequence.num_tokens):
+            found = self._find(sequence)
+            if not self.blocks.try_grow(sequence.block_table, sequence.num_tokens, found):
                 break
             self.waiting.popleft()
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
-            num_tokens = min(sequence.num_tokens, budget)
-            step.items.append(_scheduled(sequence, 0, num_tokens))
+            num_found = self._take_found(sequence, found)
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            step.items.append(self._scheduled(sequence, num_tokens, num_found))
             budget -= num_tokens
 
+    def _find(self, sequence: Sequence) -> list[int]:
+        """Blocks of its beginning that the prefix cache has. The last token is computed: its logits are wanted."""
+        if not self.prefix_caching or sequence.wants_prompt_logits:
+            return []
+        size = self.blocks.block_size
+        return self.blocks.prefixes.find(sequence.block_keys.first((sequence.num_tokens - 1) // size, size))
 
-def _scheduled(sequence: Sequence, start: int, num_tokens: int) -> ScheduledSequence:
-    # The logits of the prompt's last token are the first output's.
-    last = min(start + num_tokens, sequence.num_prompt_tokens - 1)
-    return ScheduledSequence(sequence, start, num_tokens, range(max(start, sequence.num_scored_tokens), last))
+    def _take_found(self, sequence: Sequence, found: list[int]) -> int:
+        """Count what was found as computed; how many tokens it is."""
+        num_found = len(found) * self.blocks.block_size
+        sequence.num_computed_tokens = num_found
+        if sequence.num_cached_tokens is None:  # else it was preempted
+            sequence.num_cached_tokens = num_found
+            if self.prefix_caching and not sequence.wants_prompt_logits:
+                self.num_prefix_cache_queries += sequence.num_tokens
+                self.num_prefix_cache_hits += num_found
+        return num_found
+
+    def _scheduled(self, sequence: Sequence, num_tokens: int, num_found: int = 0) -> ScheduledSequence:
+        start = sequence.num_computed_tokens
+        size = self.blocks.block_size
+        for block in sequence.block_table[start // size : blocks_for(start + num_tokens, size)]:
+            self.blocks.check_writable(block)
+        # The logits of the prompt's last token are the first output's.
+        last = min(start + num_tokens, sequence.num_prompt_tokens - 1)
+        scored = range(max(start, sequence.num_scored_tokens), last)
+        return ScheduledSequence(sequence, start, num_tokens, scored, num_found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from deepseek_ray.engine.prefix_cache import BlockKeys
 from deepseek_ray.messages import GenerateRequest
 
 
@@ -31,6 +32,9 @@ class Sequence:
         self.num_scored_tokens = 0 if wants_scores else self.num_prompt_tokens
         """Prompt tokens before this place need no logits: those after them were reported, or never asked for."""
         self.block_table: list[int] = []
+        self.block_keys = BlockKeys(self.token_ids, request.cache_salt)
+        self.num_cached_tokens: int | None = None
+        """Tokens that were found in the prefix cache when it first ran; None before."""
         self.status = SequenceStatus.WAITING
 
     @property
@@ -44,6 +48,11 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """True while the prompt has tokens whose logits are asked for: they have to be computed."""
+        return self.num_scored_tokens < self.num_prompt_tokens - 1
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -6,7 +6,7 @@ import msgspec
 
 
 class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
-    """A moment's numbers; the last three count since the engine was made."""
+    """A moment's numbers; those from `num_preemptions` on count since the engine was made."""
 
     num_running: int
     num_waiting: int
@@ -16,3 +16,7 @@ class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
     num_prompt_tokens: int
     """Prompt tokens of accepted requests."""
     num_generated_tokens: int
+    num_prefix_cache_queries: int
+    """Tokens of sequences that were looked up in the prefix cache: prompts, and output that a retry brings."""
+    num_prefix_cache_hits: int
+    """Of these, the ones that were found and not computed."""

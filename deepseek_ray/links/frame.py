@@ -37,6 +37,8 @@ class FrameKind(enum.IntEnum):
     PONG = 7
     BYE = 8
     """The sender closes the link on purpose after this frame."""
+    KV_BLOCK = 9
+    """A copy of a full block of the latent cache. No answer."""
 
 
 class DtypeCode(enum.IntEnum):

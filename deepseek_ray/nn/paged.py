@@ -53,6 +53,10 @@ class LatentCache:
         """[num_blocks * block_size, width] of one layer."""
         return self.data[layer]
 
+    def block(self, block: int) -> Tensor:
+        """[num_layers, block_size, width] of one block."""
+        return self.data[:, block * self.block_size : (block + 1) * self.block_size]
+
     @staticmethod
     def bytes_per_block(num_layers: int, block_size: int, width: int, dtype: torch.dtype) -> int:
         return num_layers * block_size * width * dtype.itemsize

@@ -58,7 +58,7 @@ async def reply_chat(request: ChatRequest, job: Job, context: ApiContext) -> Cha
         created=job.created,
         model=job.model,
         choices=[choice(index, output) for index, output in enumerate(outputs)],
-        usage=job.usage(sum(output.num_tokens for output in outputs)),
+        usage=job.usage_of(outputs),
     )
 
 
@@ -78,7 +78,7 @@ async def stream_chat(request: ChatRequest, job: Job, context: ApiContext) -> As
                 opened = True
                 for place in range(len(job.requests)):
                     yield chunk([ChatChunkChoice(place, ChatDelta("assistant", ""))])
-            usage.add(len(event.token_ids))
+            usage.add(index, event)
             if event.text or event.logprobs or event.finish_reason:
                 yield chunk([_chunk_choice(index, event, request, context)])
     if usage.wanted:

@@ -48,7 +48,7 @@ async def reply_completion(request: CompletionRequest, job: Job, context: ApiCon
         created=job.created,
         model=job.model,
         choices=[choice(index, output) for index, output in enumerate(outputs)],
-        usage=job.usage(sum(output.num_tokens for output in outputs)),
+        usage=job.usage_of(outputs),
     )
 
 
@@ -64,7 +64,7 @@ async def stream_completion(request: CompletionRequest, job: Job, context: ApiCo
 
     async with aclosing(generate_all(context.backend, job.requests)) as events:
         async for index, event in events:
-            usage.add(len(event.token_ids))
+            usage.add(index, event)
             opening = ""
             if index not in writers:
                 writers[index] = _ChoiceWriter(request, job, index, context.tokenizer)

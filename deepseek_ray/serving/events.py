@@ -90,6 +90,7 @@ class Output:
 
     text: str = ""
     num_tokens: int = 0
+    num_cached_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: str = ""
@@ -103,6 +104,7 @@ async def collect(backend: Backend, requests: Sequence[GenerateRequest]) -> list
             output = outputs[index]
             output.text += event.text
             output.num_tokens += len(event.token_ids)
+            output.num_cached_tokens += event.num_cached_tokens or 0
             output.logprobs += event.logprobs or ()
             output.prompt_logprobs = output.prompt_logprobs or event.prompt_logprobs
             output.finish_reason = event.finish_reason or ""

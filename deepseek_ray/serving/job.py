@@ -15,8 +15,9 @@ from deepseek_ray.engine.tokenizer import Tokenizer
 from deepseek_ray.errors import RequestError
 from deepseek_ray.messages import GenerateRequest, SamplingParams
 from deepseek_ray.serving.backend import Backend, ServedModel
+from deepseek_ray.serving.events import Output
 from deepseek_ray.serving.limits import ApiLimits
-from deepseek_ray.serving.replies import Usage
+from deepseek_ray.serving.replies import PromptTokensDetails, Usage
 from deepseek_ray.serving.schema import GenerationFields
 from deepseek_ray.serving.structure import wanted_structure
 
@@ -64,9 +65,20 @@ class Job:
     def choices_per_prompt(self) -> int:
         return len(self.requests) // len(self.prompts)
 
-    def usage(self, completion_tokens: int) -> Usage:
+    def counts_prompt(self, index: int) -> bool:
+        """Whether choice `index` is the first one of its prompt. A prompt counts once, however many choices it has."""
+        return index % self.choices_per_prompt == 0
+
+    def usage(self, completion_tokens: int, cached_tokens: int) -> Usage:
+        """`cached_tokens`: found in the prefix cache, of the choices that count."""
         prompt_tokens = sum(map(len, self.prompts))
-        return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
+        total = prompt_tokens + completion_tokens
+        return Usage(prompt_tokens, completion_tokens, total, PromptTokensDetails(cached_tokens))
+
+    def usage_of(self, outputs: Sequence[Output]) -> Usage:
+        """Of the whole answer."""
+        cached = sum(output.num_cached_tokens for i, output in enumerate(outputs) if self.counts_prompt(i))
+        return self.usage(sum(output.num_tokens for output in outputs), cached)
 
 
 def make_job(
@@ -96,6 +108,7 @@ def make_job(
             params=params,
             deadline_seconds=context.limits.request_timeout_seconds,
             prompt_logprobs=prompt_logprobs,
+            cache_salt=fields.cache_salt,
         )
         expanded = expand_request(request)
         _check_request(expanded[0], context, prompt_field)

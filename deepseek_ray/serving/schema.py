@@ -108,6 +108,9 @@ class GenerationFields(StrictFields):
     stop_token_ids: list[int] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """vLLM's: latents are shared only with requests of the same salt, so that nobody without it can find out by the
+    time a request takes which prompts were sent here."""
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = None
     """vLLM's: part of the answer's id."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from deepseek_ray.messages import TokenEvent
 from deepseek_ray.serving.job import Job
 from deepseek_ray.serving.replies import Usage
 from deepseek_ray.serving.schema import StreamOptions
@@ -27,16 +28,19 @@ class StreamUsage:
 
     def __init__(self, job: Job, options: StreamOptions | None) -> None:
         self._job = job
-        self._completion_tokens = 0
+        self._completion_tokens = self._cached_tokens = 0
         self.wanted = bool(options and options.include_usage)
         self._continuous = self.wanted and bool(options and options.continuous_usage_stats)
 
-    def add(self, num_tokens: int) -> None:
-        self._completion_tokens += num_tokens
+    def add(self, index: int, event: TokenEvent) -> None:
+        """Choice `index` goes on."""
+        self._completion_tokens += len(event.token_ids)
+        if self._job.counts_prompt(index):
+            self._cached_tokens += event.num_cached_tokens or 0
 
     @property
     def total(self) -> Usage:
-        return self._job.usage(self._completion_tokens)
+        return self._job.usage(self._completion_tokens, self._cached_tokens)
 
     @property
     def of_chunk(self) -> Usage | UnsetType | None:

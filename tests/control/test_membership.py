@@ -24,7 +24,7 @@ HELD = {0: {1: [0, 1], 2: [0, 1]}, 1: {1: [2, 3], 2: [2, 3]}}
 
 def membership(generation: int = 3, **config: Any) -> Membership:
     settings = DeploymentConfig(model_dir="m", **config)
-    return Membership(generation, initial_plan((1, 2), 4, settings), drain_seconds=30.0)
+    return Membership(generation, initial_plan((1, 2), 4, settings), drain_seconds=30.0, kv_copies=settings.kv_copies)
 
 
 def report(role: Any, id: int, state: Any = "ready", incarnation: int = 1, **fields: Any) -> MemberReport:
@@ -299,3 +299,35 @@ def test_added_members_are_expected() -> None:
     ]
     assert state.ready(0), "the new shard has no experts yet: nothing waits for it"
     assert state.observe(report("expert_shard", 2, "starting"), 0).held == {}
+
+
+def peers(state: Membership, now: float, *ids: int) -> list[int | None]:
+    """Whom each worker is told to give its copies."""
+    told = [state.observe(report("attention_worker", id), now).peer for id in ids]
+    return [None if view is None else view.id for view in told]
+
+
+def test_copies_go_round_a_ring_of_ready_workers() -> None:
+    state = membership(attention_workers=3, kv_copies=True)
+    assert peers(state, 0, 0) == [None], "it is alone"
+    assert peers(state, 0, 1, 2, 0) == [0, 0, 1]
+    assert peers(state, 0, 0, 1, 2) == [1, 2, 0]
+    state.observe(report("attention_worker", 1, "starting", incarnation=2), 1)
+    assert peers(state, 1, 0, 2) == [2, 0], "whoever is away keeps nothing"
+    back = report("attention_worker", 1, incarnation=2)
+    state.observe(back, 2)
+    told = state.observe(report("attention_worker", 0), 2).peer
+    assert told is not None
+    assert (told.id, told.incarnation, told.endpoints) == (1, 2, back.endpoints)
+
+
+def test_a_leaving_worker_gives_copies_and_is_given_none() -> None:
+    state = membership(attention_workers=3, kv_copies=True)
+    assert peers(state, 0, 0, 1, 2)[2] == 0
+    state.replan(drain_worker(state.plan, 1), 0)
+    assert peers(state, 0, 0, 1, 2) == [2, 2, 0]
+
+
+def test_without_copies_nobody_has_a_peer() -> None:
+    state = membership(attention_workers=2)
+    assert peers(state, 0, 0, 1, 0) == [None, None, None]

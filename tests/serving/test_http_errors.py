@@ -119,6 +119,9 @@ WRONG_FIELDS = [
     ("prompt", None, "a string, a list of strings"),
     ("prompt", {"text": "a"}, "a string, a list of strings"),
     ("request_id", "a b\r\nc", "pattern"),
+    ("cache_salt", "", "at least 1 character"),
+    ("cache_salt", "x" * 513, "at most 512 characters"),
+    ("cache_salt", 5, "valid string"),
     ("tempreature", 1, "unknown field 'tempreature'; did you mean 'temperature'?"),
 ]
 

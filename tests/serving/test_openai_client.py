@@ -49,12 +49,30 @@ def test_chat_and_its_stream_say_the_same(client: OpenAI) -> None:
     assert text == choice.message.content
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
     prompt = byte_tokenizer().apply_chat_template(MESSAGES)
     assert whole.usage.prompt_tokens == len(prompt.encode())
     assert whole.usage.completion_tokens == 24
+
+
+def test_usage_says_what_the_prefix_cache_had(client: OpenAI) -> None:
+    asked = {"model": MODEL, "prompt": "a prompt of forty characters, and no more", "max_tokens": 2}
+
+    def cached(**extra: object) -> int:
+        usage = client.completions.create(**asked, **extra).usage
+        assert usage.prompt_tokens == 41
+        return usage.prompt_tokens_details.cached_tokens
+
+    assert cached(extra_body={"cache_salt": "one"}) == 0
+    assert cached(extra_body={"cache_salt": "one"}) == 32
+    assert cached(extra_body={"cache_salt": "two"}) == 0
+    assert [cached(), cached(), cached(n=2)] == [0, 32, 32], "a prompt counts once"
+    *_, last = client.completions.create(**asked, n=2, stream=True, stream_options={"include_usage": True})
+    assert last.usage.prompt_tokens_details.cached_tokens == 32
+    assert cached(logprobs=1, echo=True) == 0, "its log-probabilities are asked for: every token is computed"
 
 
 def test_without_include_usage_no_chunk_has_usage(client: OpenAI) -> None:

@@ -13,22 +13,26 @@ from deepseek_ray.config.engine import InferenceDtype
 from deepseek_ray.llm import LLM
 from deepseek_ray.messages import SamplingParams
 
-_PROMPT_TOKENS = (1, 24)
-"""Shortest and longest prompt."""
+_SHORT_PROMPT = 32
+_STEP = 5
+"""The next prompt has as many tokens more, until the longest; then it begins anew."""
 
 
-def make_cases(model_dir: Path, count: int, num_tokens: int) -> list[Case]:
-    """Prompts of several lengths from the standard library's source, greedy and sampled with a seed in turn."""
+def make_cases(model_dir: Path, count: int, longest_prompt: int, num_tokens: int) -> list[Case]:
+    """Prompts of several lengths from the standard library's source, greedy and sampled with a seed in turn.
+
+    Of a long prompt's length the shortest has two thirds.
+    """
     from deepseek_ray.engine.offline import tokenizer_beside
 
     tokenizer = tokenizer_beside(str(model_dir))
     text = inspect.getsource(textwrap)
     ids = tokenizer.encode(text) if tokenizer else [byte % 200 for byte in text.encode()]
-    shortest, longest = _PROMPT_TOKENS
+    shortest = 1 if longest_prompt <= _SHORT_PROMPT else longest_prompt * 2 // 3
     cases = []
     for number in range(count):
-        length = shortest + number * 5 % (longest - shortest + 1)
-        start = number * 37 % (len(ids) - longest)
+        length = shortest + number * _STEP % (longest_prompt - shortest + 1)
+        start = number * 37 % (len(ids) - longest_prompt)
         params = SamplingParams(
             temperature=0.0 if number % 2 == 0 else 0.8,
             seed=number,

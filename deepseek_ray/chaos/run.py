@@ -63,6 +63,10 @@ class ChaosSettings(msgspec.Struct, frozen=True, kw_only=True):
     streams: int = 28
     runs: int = 1
     seed: int = 0
+    longest_prompt: int = 24
+    """Tokens."""
+    max_tokens: int = 80
+    """Of each stream."""
     deadline_seconds: float = 300.0
     history_dir: Path | None = None
     """Where to keep the history of every run."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from deepseek_ray.chaos.host_cluster import HostCluster
     from deepseek_ray.chaos.run import ChaosSettings, RunResult
 
-_CASES = 28
+_MOST_CASES = 28
+"""Streams take them in turn."""
 _COLUMNS = (
     ("fault", "fault"),
     ("runs", "runs"),
@@ -42,6 +43,7 @@ def chaos(
     ] = None,
     runs: Annotated[int, typer.Option(help="How often each fault strikes.", min=1)] = 1,
     streams: Annotated[int, typer.Option(help="Streams at once.", min=1)] = 28,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=1)] = 24,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each stream.", min=8)] = 80,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "float32",
     seed: Annotated[int, typer.Option(help="Chooses targets and times.")] = 0,
@@ -82,8 +84,16 @@ def chaos(
     if history is not None:
         history.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout
-        settings = ChaosSettings(streams=streams, runs=runs, seed=seed, deadline_seconds=deadline, history_dir=history)
-        rows = _run(config, chosen, max_tokens, settings)
+        settings = ChaosSettings(
+            streams=streams,
+            runs=runs,
+            seed=seed,
+            longest_prompt=prompt_tokens,
+            max_tokens=max_tokens,
+            deadline_seconds=deadline,
+            history_dir=history,
+        )
+        rows = _run(config, chosen, settings)
     print(json.dumps(rows)) if as_json else _print_table(rows)
     if any(row["failed"] or row["wrong"] or row["left_over"] for row in rows):
         raise typer.Exit(1)
@@ -108,30 +118,29 @@ def _possible_here() -> list[str]:
     return list(CELLS)
 
 
-def _run(config: DeploymentConfig, chosen: list[str], max_tokens: int, settings: ChaosSettings) -> list[dict[str, Any]]:
+def _run(config: DeploymentConfig, chosen: list[str], settings: ChaosSettings) -> list[dict[str, Any]]:
     """Rows of all faults. Those of hosts run in processes of their own, as each joins another cluster."""
     from deepseek_ray.chaos.cells import CELLS
 
     alone = len(chosen) == 1 and "RAY_ADDRESS" not in os.environ
     here = chosen if alone else [name for name in chosen if not CELLS[name].hosts]
-    rows = {row["cell"]: row for row in _run_here(config, here, max_tokens, settings)}
+    rows = {row["cell"]: row for row in _run_here(config, here, settings)}
     for name in chosen:
         if name not in rows:
-            rows[name] = _run_apart(config, name, max_tokens, settings)
+            rows[name] = _run_apart(config, name, settings)
     return [rows[name] for name in chosen]
 
 
-def _run_here(
-    config: DeploymentConfig, names: list[str], max_tokens: int, settings: ChaosSettings
-) -> list[dict[str, Any]]:
+def _run_here(config: DeploymentConfig, names: list[str], settings: ChaosSettings) -> list[dict[str, Any]]:
     from deepseek_ray.chaos.cases import make_cases, make_references
     from deepseek_ray.chaos.cells import CELLS
     from deepseek_ray.chaos.run import run_cell, summarise
 
     if not names:
         return []
-    _say(f"computing what {_CASES} requests must give")
-    cases = make_cases(Path(config.model_dir), _CASES, max_tokens)
+    count = min(settings.streams, _MOST_CASES)
+    _say(f"computing what {count} requests must give")
+    cases = make_cases(Path(config.model_dir), count, settings.longest_prompt, settings.max_tokens)
     references = make_references(Path(config.model_dir), config.dtype, cases)
     rows = []
     with _joined_cluster(CELLS[names[0]]) as hosts:
@@ -158,11 +167,12 @@ def _joined_cluster(cell: Cell) -> Iterator[HostCluster | None]:
         yield hosts
 
 
-def _run_apart(config: DeploymentConfig, name: str, max_tokens: int, settings: ChaosSettings) -> dict[str, Any]:
+def _run_apart(config: DeploymentConfig, name: str, settings: ChaosSettings) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "deepseek_ray.cli.main", "chaos", config.model_dir, "--json", f"--cell={name}",
-        f"--runs={settings.runs}", f"--streams={settings.streams}", f"--max-tokens={max_tokens}",
-        f"--dtype={config.dtype}", f"--seed={settings.seed}", f"--deadline={settings.deadline_seconds}",
+        f"--runs={settings.runs}", f"--streams={settings.streams}", f"--prompt-tokens={settings.longest_prompt}",
+        f"--max-tokens={settings.max_tokens}", f"--dtype={config.dtype}", f"--seed={settings.seed}",
+        f"--deadline={settings.deadline_seconds}",
     ]  # fmt: skip
     if settings.history_dir is not None:
         command.append(f"--history={settings.history_dir}")

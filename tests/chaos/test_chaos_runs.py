@@ -60,7 +60,7 @@ def assert_kept(rows: list[dict[str, Any]], said: str) -> None:
 def test_a_killed_shard_with_a_replica_breaks_no_promise(
     ray_cluster: None, trained_model: Path, tmp_path: Path
 ) -> None:
-    cases = make_cases(trained_model, count=28, num_tokens=60)
+    cases = make_cases(trained_model, count=28, longest_prompt=24, num_tokens=60)
     references = make_references(trained_model, "float32", cases)
     config = DeploymentConfig(name="chaos-test", model_dir=str(trained_model), dtype="float32")
     settings = ChaosSettings(streams=28, deadline_seconds=120, history_dir=tmp_path)

@@ -49,10 +49,12 @@ class CopySender:
         self._connect = connect
         self._peer: WorkerView | None = None
         self._offered_to: WorkerView | None = None
+        self._offer = 0
+        """One more each time that everything is offered anew: what waits from before is dropped."""
         self._must_offer_again = False
         self._given: dict[bytes, None] = {}  # keys that the peer was given, oldest first
         self._waiting: deque[NamedBlock] = deque()
-        self._queue: queue.Queue[BlockCopy] | None = None
+        self._queue: queue.Queue[tuple[int, BlockCopy]] | None = None
         self.num_sent = 0
         self.num_dropped = 0
 
@@ -65,10 +67,10 @@ class CopySender:
         peer = self._peer
         if peer != self._offered_to or self._must_offer_again:
             self._offered_to, self._must_offer_again = peer, False
+            self._offer += 1
             self._given = {}
             self._waiting = deque(copies.running_blocks())
-        else:
-            self._waiting += copies.new_blocks
+        self._waiting += copies.new_blocks  # again, for a new peer, but for those whose sequence has just ended
         if peer is None:
             self._waiting.clear()
             return
@@ -81,48 +83,52 @@ class CopySender:
             self._waiting.popleft()
             self.num_dropped += 1
 
-    def _give(self, name: NamedBlock, copies: BlockCopies, outbox: queue.Queue[BlockCopy]) -> None:
+    def _give(self, name: NamedBlock, copies: BlockCopies, outbox: queue.Queue[tuple[int, BlockCopy]]) -> None:
         if name.key in self._given:
             return
         copy = copies.read(name)
         if copy is None:
             self.num_dropped += 1
             return
-        outbox.put_nowait(copy)
+        outbox.put_nowait((self._offer, copy))
         self._given[name.key] = None
         if len(self._given) > copies.num_blocks:  # the peer has as many blocks: it has given up the oldest
             del self._given[next(iter(self._given))]
 
-    def _outbox(self, shape: BlockShape) -> queue.Queue[BlockCopy]:
+    def _outbox(self, shape: BlockShape) -> queue.Queue[tuple[int, BlockCopy]]:
         """Made with the first use, and the thread that empties it."""
         if self._queue is None:
             self._queue = queue.Queue(_queue_length(shape))
             threading.Thread(target=self._run, args=(self._queue,), name="kv copies", daemon=True).start()
         return self._queue
 
-    def _run(self, outbox: queue.Queue[BlockCopy]) -> None:
+    def _run(self, outbox: queue.Queue[tuple[int, BlockCopy]]) -> None:
         link: Link | None = None
         reached: WorkerView | None = None
         while True:
-            copy, peer = outbox.get(), self._peer
-            if link is not None and peer != reached:
-                link.close()
-                link = None
+            offer, copy = outbox.get()
+            peer = self._offered_to
+            if peer is None or offer != self._offer:
+                self.num_dropped += 1
+                continue
             try:
-                if peer is None:
-                    raise LinkError("no other worker is ready")
-                if link is None:
+                if link is None or peer != reached:
+                    _close(link)
                     link, reached = self._connect(peer), peer
                 link.send(block_frame(copy))
                 self.num_sent += 1
             except (LinkError, OSError) as error:
                 logger.info("a cache block was not copied: %s", error)
                 self.num_dropped += 1
-                if link is not None:
-                    link.close()
-                    link = None
-                self._must_offer_again = True
+                _close(link)
+                link = None
                 time.sleep(_RECONNECT_SECONDS)
+                self._must_offer_again = True
+
+
+def _close(link: Link | None) -> None:
+    if link is not None:
+        link.close()
 
 
 class CopyInbox:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import textwrap
 from collections import defaultdict
@@ -19,7 +18,7 @@ from tests.live_requests import kill, pid_of, row_of, wait_for
 
 pytestmark = pytest.mark.cluster
 
-NUM_REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 8, 240, 120
+NUM_REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 8, 240, 200
 STRIKE_AFTER = 24
 """Tokens that every request has when the worker is killed."""
 BLOCK_SIZE = DeploymentConfig(model_dir="m").engine.block_size
@@ -67,12 +66,18 @@ def figures(backend: ActorsBackend, worker: int) -> dict[str, float]:
 def test_the_peer_computes_next_to_nothing_again(
     backend: ActorsBackend, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
+    wait_for(lambda: are_ready(backend, (0, 0), (1, 0)), 60)
     kill_under_requests(backend, prompts, expected, range(NUM_REQUESTS), victim=1, survivor=0)
-    row = functools.partial(row_of, backend, "attention_worker", 1)
-    wait_for(lambda: (row()["state"], row()["restarts"]) == ("ready", 1), 60)
+    wait_for(lambda: are_ready(backend, (0, 0), (1, 1)), 60)
     # The process that took the victim's place keeps copies like the one before.
     later = range(NUM_REQUESTS, 2 * NUM_REQUESTS)
     kill_under_requests(backend, prompts, expected, later, victim=0, survivor=1)
+
+
+def are_ready(backend: ActorsBackend, *restarts: tuple[int, int]) -> bool:
+    """Whether the workers (id, restarts) take requests."""
+    rows = [(row_of(backend, "attention_worker", id), count) for id, count in restarts]
+    return all((row["state"], row["restarts"]) == ("ready", count) for row, count in rows)
 
 
 def kill_under_requests(
@@ -104,8 +109,11 @@ def kill_under_requests(
             resent.setdefault(number, event.index)
         tokens[number] += event.token_ids
         if not struck and min(len(tokens[number]) for number in numbers) >= STRIKE_AFTER:
-            struck = True
-            kill(pid_of(backend, "attention_worker", victim))
+            copied = figures(backend, survivor)["kv_blocks_received"] - before["kv_blocks_received"]
+            if copied >= NUM_REQUESTS // 2 * PROMPT_TOKENS // BLOCK_SIZE:  # the workers have been told of each other
+                struck = True
+                kill(pid_of(backend, "attention_worker", victim))
+    assert struck, "the prompts' blocks were not copied in time"
     assert {number: tokens[number] for number in numbers} == {number: expected[number] for number in numbers}
     assert len(resent) == NUM_REQUESTS // 2, "half of them ran there"
 
@@ -115,6 +123,7 @@ def kill_under_requests(
     found = after["num_prefix_cache_hits"] - before.get("num_prefix_cache_hits", 0)
     computed_again = sum(PROMPT_TOKENS + index for index in resent.values()) - found
     # The last block is not full, and the one before may have been on its way.
+    print(f"{len(resent)} requests looked up, {found:g} tokens found, {computed_again:g} computed again")
     assert 0 < computed_again <= len(resent) * 2 * BLOCK_SIZE
     assert after["kv_blocks_received"] - before["kv_blocks_received"] >= found / BLOCK_SIZE
     assert after["kv_blocks_sent"] > before["kv_blocks_sent"], "the survivor gave copies, too"

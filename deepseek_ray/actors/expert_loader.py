@@ -22,8 +22,13 @@ class ExpertLoader:
     What cannot be loaded is in `error`; the next `want` tries again.
     """
 
-    def __init__(self, store: ExpertStore, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, store: ExpertStore, changed: Callable[[], None], measure: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """`measure` is called in the thread once there are experts; its result is `measured`, until then 0."""
         self._store = store
+        self._measure = measure
+        self.measured = 0.0
         self._changed = changed
         self._news = threading.Condition()
         self._target: Held | None = None
@@ -56,6 +61,8 @@ class ExpertLoader:
                 self.error = str(error)
             self._done = target
             self._changed()
+            if not self.measured:  # after the news: whoever waits for these experts does not wait for this
+                self.measured = self._measure()
 
     def _approach(self, target: Held) -> bool:
         """False when another target came in between."""

@@ -19,6 +19,7 @@ from deepseek_ray.control.membership import Directive, MemberReport, MemberState
 from deepseek_ray.kernels.select import select_kernels
 from deepseek_ray.links.connect import listen
 from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.expert_speed import seconds_per_expert
 from deepseek_ray.models.expert_store import ExpertStore
 
 
@@ -39,19 +40,31 @@ class ExpertShard:
             transport=config.transport,
             incarnation=self._member.identity.incarnation,
         )
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._hidden_size = reader.config.hidden_size
         self._store = ExpertStore(
             reader,
             {},
-            getattr(torch, config.dtype),
+            self._dtype,
             select_kernels(config.engine.deterministic),
             shared_files=config.packed_files,
         )
-        self._loader = ExpertLoader(self._store, changed=self.report_now)
-        self._service = ExpertService(self._listener, self._store, reader.config.hidden_size)
+        self._threads = threads
+        self._loader = ExpertLoader(self._store, changed=self.report_now, measure=self._measure)
+        self._service = ExpertService(self._listener, self._store, self._hidden_size)
         self._service.start()
         exporter = MetricsExporter(model_name=record.description.served_model_name, shard=str(id))
         export_every_second(functools.partial(export_shard, exporter, self._service))
         self._member.start()
+
+    def _measure(self) -> float:
+        """With the threads that calls have; the loader's own thread has one."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return seconds_per_expert(self._store, self._hidden_size, self._dtype)
+        finally:
+            torch.set_num_threads(before)
 
     def report_now(self) -> None:
         self._member.report_now()
@@ -67,6 +80,7 @@ class ExpertShard:
                 "calls": self._service.num_calls,
                 "pairs": self._service.num_pairs,
                 "compute_seconds": self._service.compute_seconds,
+                "seconds_per_expert": self._loader.measured,
                 "experts_reloaded": self._service.num_reloaded,
             },
         )

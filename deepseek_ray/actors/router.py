@@ -34,6 +34,7 @@ from deepseek_ray.control.autoscale import AutoscalePolicy, Observer
 from deepseek_ray.control.lease import Leases
 from deepseek_ray.control.membership import Directive, MemberReport, Membership, WorkerView
 from deepseek_ray.control.plan import Plan, Role, initial_plan
+from deepseek_ray.control.speeds import relative_speeds
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel.load import ExpertLoad
 
@@ -175,10 +176,10 @@ class Router:
         In a thread: placing the experts of a large model takes seconds. If the plan has changed meanwhile - a shard was
         lost, say - the decision is made again.
         """
-        loads = self._load.loads(time.monotonic())
+        loads, speeds = self._load.loads(time.monotonic()), relative_speeds(self._membership.stats())
         while True:
             plan = self._membership.plan
-            changed = await asyncio.to_thread(change, plan, loads=loads, **wish)
+            changed = await asyncio.to_thread(change, plan, loads=loads, speeds=speeds, **wish)
             if self._membership.plan is plan:
                 break
         self._membership.replan(changed, time.monotonic())

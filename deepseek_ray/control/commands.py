@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,11 +27,21 @@ from deepseek_ray.expert_parallel.replicas import ShardCapacity
 Loads = Mapping[int, NDArray[np.float64]]
 """layer -> tokens of each expert lately [experts]; zeros where nothing is known."""
 
+Speeds = Mapping[int, float]
+"""shard -> speed beside the others; 1 where nothing is known. See `control/speeds.py`."""
+ALIKE: Speeds = MappingProxyType({})
+
 MAX_MEMBERS = 1024
 """Of a role, for one deployment."""
 
 
-def scale(plan: Plan, loads: Loads, workers: int | None = None, shards: int | None = None) -> Plan:
+def scale(
+    plan: Plan,
+    loads: Loads,
+    workers: int | None = None,
+    shards: int | None = None,
+    speeds: Speeds = ALIKE,
+) -> Plan:
     """As many attention workers and expert shards as asked for; None leaves a number as it is.
 
     The youngest go first. New shards take experts from the busiest. DeploymentError for impossible numbers.
@@ -40,11 +52,11 @@ def scale(plan: Plan, loads: Loads, workers: int | None = None, shards: int | No
     if workers is not None:
         plan = _scale_workers(plan, workers)
     if shards is not None:
-        plan = _scale_shards(plan, shards, loads)
+        plan = _scale_shards(plan, shards, loads, speeds)
     return plan
 
 
-def drain(plan: Plan, role: str, id: int, loads: Loads) -> Plan:
+def drain(plan: Plan, role: str, id: int, loads: Loads, speeds: Speeds = ALIKE) -> Plan:
     """A member ends as soon as nothing needs it. DeploymentError: unknown, or the last of its role."""
     if role == "attention_worker":
         return drain_worker(plan, id)
@@ -53,13 +65,18 @@ def drain(plan: Plan, role: str, id: int, loads: Loads) -> Plan:
     if id not in plan.shards:
         return drain_shard(plan, id, plan.placement)
     require_drainable(plan, id)
-    change = placements.drain(
-        plan.placement, _capacities(plan), id, _useful(loads), min_replicas=min(plan.min_replicas, len(plan.shards) - 1)
-    )
+    copies = min(plan.min_replicas, len(plan.shards) - 1)
+    change = placements.drain(plan.placement, _capacities(plan, speeds), id, _useful(loads), min_replicas=copies)
     return drain_shard(plan, id, change.placement)
 
 
-def rebalance(plan: Plan, loads: Loads, extra_replicas: int | None = None, min_replicas: int | None = None) -> Plan:
+def rebalance(
+    plan: Plan,
+    loads: Loads,
+    extra_replicas: int | None = None,
+    min_replicas: int | None = None,
+    speeds: Speeds = ALIKE,
+) -> Plan:
     """Experts where they make the busiest shard less busy, with few moves; see `expert_parallel/rebalance.py`.
 
     Numbers of replicas that are given hold from now on; None leaves them as they are.
@@ -67,7 +84,7 @@ def rebalance(plan: Plan, loads: Loads, extra_replicas: int | None = None, min_r
     extra = plan.extra_replicas if extra_replicas is None else extra_replicas
     copies = plan.min_replicas if min_replicas is None else min_replicas
     change = placements.rebalance(
-        plan.placement, _capacities(plan), _useful(loads), extra_replicas=extra, min_replicas=copies
+        plan.placement, _capacities(plan, speeds), _useful(loads), extra_replicas=extra, min_replicas=copies
     )
     if (extra, copies) != (plan.extra_replicas, plan.min_replicas):
         plan = plan.changed(extra_replicas=extra, min_replicas=copies)
@@ -85,8 +102,9 @@ def move(plan: Plan, layer: int, expert: int, source: int, destination: int) -> 
     return with_placement(plan, change.placement)
 
 
-def _capacities(plan: Plan) -> list[ShardCapacity]:
-    return capacities(plan.placement, plan.shards)
+def _capacities(plan: Plan, speeds: Speeds = ALIKE) -> list[ShardCapacity]:
+    alike = capacities(plan.placement, plan.shards)
+    return [msgspec.structs.replace(shard, speed=speeds.get(shard.id, 1.0)) for shard in alike]
 
 
 def _scale_workers(plan: Plan, count: int) -> Plan:
@@ -97,15 +115,15 @@ def _scale_workers(plan: Plan, count: int) -> Plan:
     return plan
 
 
-def _scale_shards(plan: Plan, count: int, loads: Loads) -> Plan:
+def _scale_shards(plan: Plan, count: int, loads: Loads, speeds: Speeds) -> Plan:
     if count > len(plan.shards):
         plan = add_shards(plan, count - len(plan.shards))
         new = [id for id in plan.shards if not any(id in shards for e in plan.placement.values() for shards in e)]
-        change = placements.spread(plan.placement, _capacities(plan), new, _useful(loads))
+        change = placements.spread(plan.placement, _capacities(plan, speeds), new, _useful(loads))
         return with_placement(plan, change.placement)
     role: Role = "expert_shard"
     for shard in _youngest(plan.shards, len(plan.shards) - count):
-        plan = drain(plan, role, shard, loads)
+        plan = drain(plan, role, shard, loads, speeds)
     return plan
 
 

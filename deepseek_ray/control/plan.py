@@ -79,7 +79,7 @@ def initial_plan(moe_layers: Sequence[int], num_experts: int, config: Deployment
 
 
 def capacities(placement: Placement, shards: Sequence[int]) -> list[ShardCapacity]:
-    """What each shard can take: all alike, and room for every expert."""
+    """What each shard can take if all are alike: room for every expert."""
     everything = sum(len(experts) for experts in placement.values())
     return [ShardCapacity(id, speed=1.0, slots=everything) for id in shards]
 

@@ -141,6 +141,14 @@ def test_rebalancing_follows_the_load() -> None:
     assert all(len(shards) == 2 for experts in twice.placement.values() for shards in experts)
 
 
+def test_a_slow_shard_gets_less_to_do() -> None:
+    even = {layer: np.ones(8) for layer in plan().placement}
+    moved = commands.rebalance(plan(), even, speeds={0: 1.0, 1: 1 / 3})
+    for experts in moved.placement.values():
+        assert sum(shards == (0,) for shards in experts) == 6, "three times the speed, three times the experts"
+    assert commands.rebalance(plan(), even, speeds={0: 2.0, 1: 2.0}) == plan()
+
+
 def test_single_experts_are_moved_and_replicated() -> None:
     both = commands.replicate(plan(), 1, 0, 1)
     assert both.placement[1][0] == (0, 1)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from deepseek_ray.actors.expert_frames import RELOAD, call_frame, read_reply
+from deepseek_ray.actors.expert_frames import ONE_BY_ONE, RELOAD, call_frame, read_reply
 from deepseek_ray.actors.expert_meter import ExpertMeter
 from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.actors.shard_links import ShardLinks
@@ -35,8 +34,6 @@ _POLL_SECONDS = 0.05
 """How often a wait looks up: for news from the router, for requests that ended meanwhile."""
 _PATIENCE_SECONDS = 0.5
 """Experts that answer within this time are merely busy; only a longer wait is given up when a request ends."""
-_MAX_ALONE = 4
-"""Single tokens on their way at once after a crash: enough that the shard always has the next one there."""
 
 
 class StepInterruptedError(UnavailableError):
@@ -52,11 +49,15 @@ class _Pending:
     flags: int = 0
     link: Link | None = None
     sent: float = 0.0
+    answered: int = 0
+    """Pairs that have their rows; with the flag ONE_BY_ONE they come token by token."""
     crashed: bool = False
     """The process it was sent to has died over it, or beside it."""
-    alone: bool = False
-    """One token of a call that has crashed. A shard answers the frames of a link in order, so if it crashes again, the
-    first token that has no answer is the reason."""
+
+    @property
+    def places(self) -> Tensor:
+        """Of the pairs that have no answer yet."""
+        return self.call.places[self.answered :]
 
 
 @dataclass
@@ -69,15 +70,13 @@ class _Ticket:
     rows: Tensor
     """[T * K, H], filled by replies."""
     pending: dict[int, _Pending] = field(default_factory=dict)
-    """By sequence number."""
+    """By sequence number, which is the order in which they were sent."""
     refused: set[int] = field(default_factory=set)
     """Shards that said they do not hold what they were asked for."""
-    suspicious: deque[Tensor] = field(default_factory=deque)
-    """Places of single tokens whose call has crashed a shard: each is sent in a frame of its own."""
 
-    @property
-    def is_done(self) -> bool:
-        return not self.pending and not self.suspicious
+    def token_of(self, places: Tensor) -> Tensor:
+        """Rows of `hidden` that places [P] belong to."""
+        return places // self.expert_ids.shape[1]
 
 
 class RemoteExperts(ExpertBackend):
@@ -126,13 +125,12 @@ class RemoteExperts(ExpertBackend):
         """Raises StepInterruptedError when experts are away and a request of the batch ended meanwhile, and
         ExpertsCrashedError when a token has crashed shards twice."""
         started = time.monotonic()
-        while not ticket.is_done:
-            self._send_suspicious(ticket)
+        while ticket.pending:
             if any(pending.link is None for pending in ticket.pending.values()):
                 self._send_again(ticket)
             self._collect(ticket)
             self._hedge(ticket)
-            if not ticket.is_done and time.monotonic() - started > _PATIENCE_SECONDS and self._interrupted():
+            if ticket.pending and time.monotonic() - started > _PATIENCE_SECONDS and self._interrupted():
                 raise StepInterruptedError("a request of this batch ended while experts were away; run the step again")
         self.meter.combined(time.monotonic() - started)
         tokens, top_k = ticket.expert_ids.shape
@@ -179,24 +177,15 @@ class RemoteExperts(ExpertBackend):
             self._directory.wait_newer(version, _POLL_SECONDS)
 
     def _plan_again(self, ticket: _Ticket, sequence: int) -> None:
+        """What has crashed a shard is answered token by token from now on, to learn which one if it crashes again."""
         pending = ticket.pending.pop(sequence)
-        if pending.crashed:
-            tokens = pending.call.places // ticket.expert_ids.shape[1]
-            ticket.suspicious.extend(pending.call.places[tokens == token] for token in tokens.unique())
-            return
-        self._plan(ticket, pending.call.places, pending.attempt + 1, alone=pending.alone)
+        flags = pending.flags & ONE_BY_ONE or (ONE_BY_ONE if pending.crashed else 0)
+        self._plan(ticket, pending.places, pending.attempt + 1, flags)
 
-    def _plan(self, ticket: _Ticket, places: Tensor, attempt: int, alone: bool = False) -> None:
+    def _plan(self, ticket: _Ticket, places: Tensor, attempt: int, flags: int) -> None:
         shards = self._directory.routes(ticket.layer).choose(ticket.counts, self._links.avoided | ticket.refused)
         for call in plan_calls(ticket.expert_ids, shards, places):
-            self._send(ticket, _Pending(call, attempt, alone=alone))
-
-    def _send_suspicious(self, ticket: _Ticket) -> None:
-        """The next tokens of a call that has crashed a shard, when nothing but such tokens is out."""
-        while ticket.suspicious and len(ticket.pending) < _MAX_ALONE:
-            if not all(pending.alone for pending in ticket.pending.values()):
-                return
-            self._plan(ticket, ticket.suspicious.popleft(), attempt=1, alone=True)
+            self._send(ticket, _Pending(call, attempt, flags))
 
     def _hedge(self, ticket: _Ticket) -> None:
         """A call that is overdue goes elsewhere if others have all of its experts; its own answer is then dropped."""
@@ -239,13 +228,7 @@ class RemoteExperts(ExpertBackend):
             if pending is None or frame.incarnation != self._incarnation:
                 return  # a late answer to a call that was sent again, or to a step that was given up
             if frame.kind is FrameKind.EXPERT_REPLY:
-                del ticket.pending[frame.sequence]
-                rows = read_reply(frame, ticket.hidden.shape[1])
-                self._patience.answered(time.monotonic() - pending.sent)
-                if self._has_gone_wrong(ticket, pending, rows):
-                    self._send(ticket, _Pending(pending.call, pending.attempt + 1, RELOAD, alone=pending.alone))
-                else:
-                    ticket.rows[pending.call.places] = rows
+                self._take_rows(ticket, frame.sequence, pending, read_reply(frame, ticket.hidden.shape[1]))
             elif frame.kind is FrameKind.STALE:
                 ticket.refused.add(pending.call.shard)
                 pending.link = None  # goes to another one, or waits until the router has told where the experts are
@@ -253,16 +236,33 @@ class RemoteExperts(ExpertBackend):
                 sentence = bytes(frame.payload).decode(errors="replace")
                 raise UnavailableError(f"expert shard {pending.call.shard} failed: {sentence}")
 
-    def _has_gone_wrong(self, ticket: _Ticket, pending: _Pending, rows: Tensor) -> bool:
+    def _take_rows(self, ticket: _Ticket, sequence: int, pending: _Pending, rows: Tensor) -> None:
+        """An answer, or the next part of one that comes token by token."""
+        places = pending.places[: len(rows)]
+        if len(places) < len(rows) or (len(rows) < len(pending.places) and not pending.flags & ONE_BY_ONE):
+            raise LinkError(f"an expert reply has {len(rows)} rows, {len(pending.places)} were wanted")
+        now = time.monotonic()
+        self._patience.answered(now - pending.sent)
+        pending.sent = now
+        if self._has_gone_wrong(ticket, pending, places, rows):
+            del ticket.pending[sequence]
+            self._plan(ticket, pending.places, pending.attempt + 1, pending.flags | RELOAD)
+            return
+        ticket.rows[places] = rows
+        pending.answered += len(rows)
+        if pending.answered == len(pending.call.places):
+            del ticket.pending[sequence]
+
+    def _has_gone_wrong(self, ticket: _Ticket, pending: _Pending, places: Tensor, rows: Tensor) -> bool:
         """Whether finite inputs gave rows [P, H] that are not: the weights in the shard's memory are to be read anew.
 
         If the rows are the same after that, the model gives them; the requests they belong to end with an error.
         """
         if pending.flags & RELOAD or rows.sum(dtype=torch.float32).isfinite() or rows.isfinite().all():
             return False
-        if not ticket.hidden[pending.call.token_rows].isfinite().all():
+        if not ticket.hidden[ticket.token_of(places)].isfinite().all():
             return False
-        wrong = pending.call.pair_experts[~rows.isfinite().all(dim=1)].unique().tolist()
+        wrong = ticket.expert_ids.flatten()[places[~rows.isfinite().all(dim=1)]].unique().tolist()
         logger.error(
             "experts %s of layer %d on shard %d gave values that are not finite; they are read anew",
             wrong,
@@ -273,17 +273,22 @@ class RemoteExperts(ExpertBackend):
         return True
 
     def _drop(self, ticket: _Ticket, shard: int, error: Exception) -> None:
-        """Give a link up; what was sent over it and not answered goes elsewhere, or waits."""
+        """Give a link up; what was sent over it and not answered goes elsewhere, or waits.
+
+        A shard computes the calls of one link one after the other: it has died over the first without an answer, if
+        over any.
+        """
         link = self._links.drop(shard, error)
+        if link is None:
+            return
         died = isinstance(error, LinkClosedError) and not isinstance(error, LinkLostError)
         for pending in ticket.pending.values():
-            if link is None or pending.link is not link:
+            if pending.link is not link:
                 continue
-            if pending.alone and died:
-                row = int(pending.call.token_rows[0])
+            if died and pending.flags & ONE_BY_ONE:
                 raise ExpertsCrashedError(
                     f"computing one of its tokens in layer {ticket.layer} has crashed the process of its experts "
                     f"twice, last shard {shard}'s",
-                    row,
+                    row=int(ticket.token_of(pending.places[0])),
                 )
-            pending.link, pending.crashed = None, died
+            pending.link, pending.crashed, died = None, died, False

@@ -1,10 +1,12 @@
 """Expert calls and replies as frames: raw tensor bytes behind a header.
 
-A call's payload is pair_rows [P] int32, pair_experts [P] int32, hidden [N, H]; a reply's is rows [P, H].
+A call's payload is pair_rows [P] int32, pair_experts [P] int32, hidden [N, H]; a reply's is rows [P, H]. A call with
+the flag ONE_BY_ONE, whose pairs are in order of their rows, gets one reply per row, in order, with that row's pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from deepseek_ray.links.frame import DtypeCode, Frame, FrameKind
 
 RELOAD = 1
 """Flag of a call: the last answer was not finite, so the shard reads the experts anew before it computes."""
+ONE_BY_ONE = 2
+"""Flag of a call: an answer for each row as soon as it is there, to know over which one a shard has died."""
 
 _CODES = {torch.float32: DtypeCode.FLOAT32, torch.bfloat16: DtypeCode.BFLOAT16}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
@@ -79,11 +83,23 @@ def read_call(frame: Frame, hidden_size: int) -> CallContent:
     return CallContent(hidden, pair_rows, pair_experts)
 
 
+def one_by_one(content: CallContent) -> Iterator[CallContent]:
+    """The call as calls of one row each. Raises LinkError when the pairs are not in order of their rows."""
+    if len(content.pair_rows) > 1 and int(content.pair_rows.diff().min()) < 0:
+        raise LinkError("an expert call to be answered row by row has pairs that are not in order of their rows")
+    counts = content.pair_rows.bincount(minlength=len(content.hidden)).tolist()
+    rows = zip(content.hidden.split(1), content.pair_experts.split(counts), strict=True)
+    for hidden, experts in rows:
+        yield CallContent(hidden, torch.zeros(len(experts), dtype=torch.int64), experts)
+
+
 def reply_frame(call: Frame, rows: Tensor) -> Frame:
-    return answer(call, FrameKind.EXPERT_REPLY, _bytes(rows), dtype=_CODES[rows.dtype])
+    return answer(call, FrameKind.EXPERT_REPLY, _bytes(rows), rows.shape[0], _CODES[rows.dtype])
 
 
-def answer(call: Frame, kind: FrameKind, payload: object = b"", dtype: DtypeCode = DtypeCode.NONE) -> Frame:
+def answer(
+    call: Frame, kind: FrameKind, payload: object = b"", num_pairs: int = 0, dtype: DtypeCode = DtypeCode.NONE
+) -> Frame:
     """A frame that the caller can match with its call."""
     return Frame(
         kind,
@@ -92,7 +108,7 @@ def answer(call: Frame, kind: FrameKind, payload: object = b"", dtype: DtypeCode
         sequence=call.sequence,
         layer=call.layer,
         attempt=call.attempt,
-        num_pairs=call.num_pairs,
+        num_pairs=num_pairs,
         dtype=dtype,
     )
 

@@ -6,11 +6,20 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
-from deepseek_ray.actors.expert_frames import RELOAD, answer, read_call, reply_frame
+from deepseek_ray.actors.expert_frames import (
+    ONE_BY_ONE,
+    RELOAD,
+    CallContent,
+    answer,
+    one_by_one,
+    read_call,
+    reply_frame,
+)
 from deepseek_ray.errors import LinkClosedError, LinkError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import Listener
@@ -53,15 +62,17 @@ class ExpertService:
                     frame = link.receive()
                     if frame is not None:
                         with frame:
-                            link.send(self._answer(frame))
+                            for reply in self._answer(frame):
+                                link.send(reply)
             except LinkClosedError:
                 logger.info("%s is gone", link.peer)
             except LinkError as error:
                 logger.warning("link to %s closed: %s", link.peer, error)
 
-    def _answer(self, frame: Frame) -> Frame:
+    def _answer(self, frame: Frame) -> Iterator[Frame]:
         if frame.kind is FrameKind.PING:
-            return answer(frame, FrameKind.PONG)
+            yield answer(frame, FrameKind.PONG)
+            return
         if frame.kind is not FrameKind.EXPERT_CALL:
             raise LinkError(f"an expert shard got a {frame.kind.name} frame; it takes EXPERT_CALL and PING")
         content = read_call(frame, self._hidden_size)
@@ -72,15 +83,23 @@ class ExpertService:
                 )
                 self._store.reload(frame.layer, expert)
                 self.num_reloaded += 1
+        self.num_calls += 1
+        for part in one_by_one(content) if frame.flags & ONE_BY_ONE else (content,):
+            rows = self._compute(frame.layer, part)
+            if rows is None:
+                yield answer(frame, FrameKind.STALE)
+                return
+            yield reply_frame(frame, rows)
+
+    def _compute(self, layer: int, content: CallContent) -> Tensor | None:
+        """None when an expert is not here."""
         with self._computing, torch.inference_mode():
             started = time.monotonic()
-            rows = self._store.run(frame.layer, content.hidden, content.pair_rows, content.pair_experts)
-            if rows is None:
-                return answer(frame, FrameKind.STALE)
-            self.compute_seconds += time.monotonic() - started
-            self.num_calls += 1
-            self.num_pairs += frame.num_pairs
-        return reply_frame(frame, rows)
+            rows = self._store.run(layer, content.hidden, content.pair_rows, content.pair_experts)
+            if rows is not None:
+                self.compute_seconds += time.monotonic() - started
+                self.num_pairs += len(rows)
+            return rows
 
 
 def _start_thread(run: Callable[[], None], name: str) -> None:

@@ -275,7 +275,7 @@ def test_the_engine_never_waits_for_a_peer_that_takes_nothing(
     assert time.monotonic() - started < 20
     wait_for(lambda: worker.sender.num_sent == 1)
     assert worker.sender._queue is not None
-    assert worker.sender._queue.full()
+    assert worker.sender._queue.qsize() >= 14, "of 16 places; one block is sent, one waits for the link"
     listener.close()
 
 

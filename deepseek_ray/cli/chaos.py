@@ -77,7 +77,7 @@ def chaos(
             "model_dir": str(model_dir.absolute()),
             "dtype": dtype,
             "request_timeout_seconds": deadline,
-            "engine": {"max_num_seqs": max(64, streams)},
+            "engine": {"max_num_seqs": max(64, streams + streams // 4)},  # some come while those still run
         },
         "chaos",
     )

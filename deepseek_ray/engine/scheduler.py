@@ -75,6 +75,7 @@ class Scheduler:
     def add(self, sequence: Sequence, max_num_tokens: int) -> None:
         """Queue a sequence that will grow to at most `max_num_tokens`; RequestError when that can never fit.
 
+        One that ran elsewhere goes before those that never ran: somebody is in the middle of reading it.
         This is what makes every sequence finish: the oldest one can always take the blocks of all others.
         """
         needed = blocks_for(max_num_tokens - 1, self.blocks.block_size)  # the last token is never fed back
@@ -84,7 +85,8 @@ class Scheduler:
                 f"{self.blocks.num_blocks}; lower max_tokens, shorten the prompt or raise kv_cache_bytes",
                 param="max_tokens",
             )
-        self.waiting.append(sequence)
+        new = (place for place, other in enumerate(self.waiting) if not other.has_begun)
+        self.waiting.insert(next(new, len(self.waiting)) if sequence.has_begun else len(self.waiting), sequence)
 
     def schedule(self) -> ScheduledStep:
         """Decide the next step. Nothing counts as computed until `advance(step)`: a failed step can be tried again."""

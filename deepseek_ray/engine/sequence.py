@@ -42,6 +42,11 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it ran, here or where it comes from."""
+        return self.num_cached_tokens is not None or self.num_output_tokens > 0
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 

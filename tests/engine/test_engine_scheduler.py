@@ -180,6 +180,15 @@ def test_at_most_max_num_seqs_run() -> None:
     assert len(scheduler.schedule().items) == 2
 
 
+def test_who_has_begun_elsewhere_goes_before_those_who_never_ran() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for name, num_resumed in (("runs", 0), ("new", 0), ("first", 2), ("second", 1), ("newer", 0)):
+        scheduler.add(make_sequence(name, 4, num_resumed), 9)
+        if name == "runs":
+            run(scheduler, scheduler.schedule())
+    assert [sequence.request.request_id for sequence in scheduler.waiting] == ["first", "second", "new", "newer"]
+
+
 def test_a_sequence_that_can_never_fit_is_refused() -> None:
     scheduler = make_scheduler(num_blocks=2, block_size=4)
     scheduler.add(make_sequence("fits", 4), 9)  # 8 tokens are stored, the ninth is never fed back
@@ -229,7 +238,8 @@ def test_whatever_comes_nothing_leaks_and_everything_finishes_in_turn(workload: 
             sequence = make_sequence(str(name), prompt, resumed, prompt=ids)
             scheduler.add(sequence, total)
             goal[sequence], abort_at[sequence] = total, abort
-            order.append(sequence)
+            new = [other for other in scheduler.waiting if resumed and not other.has_begun]
+            order.insert(order.index(new[0]) if new else len(order), sequence)
         step = scheduler.schedule()
         check_step(scheduler, step, order)
         cache.compute(step)

@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from benchmarks.results_file import write_results
 
 CASES = ((1, 128, 24), (8, 128, 16), (32, 128, 8))
 """(sequences, prompt tokens, output tokens)."""
-SYSTEMS = ("transformers", "local", "fast", "actors")
+SYSTEMS = ("transformers", "local", "actors")
 
 
 class Driver:
@@ -64,10 +65,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    rows = measure_systems(SYSTEMS, arguments.rounds, arguments.threads)
+    write_results("generation", {"threads": arguments.threads, "rounds": arguments.rounds, "rows": rows})
+
+
+def measure_systems(systems: Sequence[str], rounds: int, threads: int) -> list[dict[str, Any]]:
+    """A row for each case and system, medians over interleaved rounds; says them as well."""
     model_dir = bench_mini_dir()
-    drivers = {system: Driver(system, model_dir, arguments.threads) for system in SYSTEMS}
+    drivers = {system: Driver(system, model_dir, threads) for system in systems}
     samples: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for round_index in range(arguments.rounds + 1):  # the first one warms up
+    for round_index in range(rounds + 1):  # the first one warms up
         for sequences, prompt, tokens in CASES:
             for system, driver in drivers.items():
                 measured = driver.measure(sequences=sequences, prompt=prompt, tokens=tokens, seed=round_index)
@@ -75,13 +82,13 @@ def main() -> None:
                     samples.setdefault((system, sequences), []).append(measured)
     for driver in drivers.values():
         driver.close()
-    rows = [_row(system, case, samples[system, case[0]]) for case in CASES for system in SYSTEMS]
+    rows = [_row(system, case, samples[system, case[0]]) for case in CASES for system in systems]
     for row in rows:
         print(
             f"{row['system']:>12}  {row['sequences']:>2} sequences  prefill {row['prefill_tokens_per_second']:7.1f}  "
             f"decode {row['decode_tokens_per_second']:7.1f} tokens/s"
         )
-    write_results("generation", {"threads": arguments.threads, "rounds": arguments.rounds, "rows": rows})
+    return rows
 
 
 def _row(system: str, case: tuple[int, int, int], samples: list[dict[str, Any]]) -> dict[str, Any]:

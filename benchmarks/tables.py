@@ -25,6 +25,7 @@ def main() -> None:
     sections = [
         _HEAD,
         generation_section(newest("generation")),
+        deterministic_section(newest("deterministic")),
         frames_section(newest("frame_round_trip")),
         placement_section(newest("placement")),
         strategies_section(newest("strategies")),
@@ -66,6 +67,28 @@ def generation_section(result: dict[str, Any]) -> str:
             f"| {sequences} | {system} | {row['prefill_tokens_per_second']:.0f} | "
             f"{row['decode_tokens_per_second']:.1f} | {row['decode_tokens_per_second'] / base:.2f}x |"
         )
+    return "\n".join([*lines, ""])
+
+
+def deterministic_section(result: dict[str, Any]) -> str:
+    rows = {(row["system"], row["sequences"]): row for row in result["rows"]}
+    lines = [
+        "## What determinism costs",
+        "",
+        f"`LLM` as it is against `deterministic=False`, which takes torch's own operators. {_machine(result)}, "
+        f"{result['threads']} threads, bfloat16, bench-mini, prompt 128, medians of {result['rounds']} rounds "
+        f"(`{result['file']}`). Below 1.00x determinism costs, above it gains: our operators are then the faster ones.",
+        "",
+        "| sequences | prefill tokens/s, deterministic / not | ratio | decode tokens/s, deterministic / not | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for sequences in sorted({sequences for _, sequences in rows}):
+        exact, fast = rows["local", sequences], rows["fast", sequences]
+        cells = [f"{sequences}"]
+        for phase in ("prefill", "decode"):
+            ours, torchs = exact[f"{phase}_tokens_per_second"], fast[f"{phase}_tokens_per_second"]
+            cells += [f"{ours:.1f} / {torchs:.1f}", f"{ours / torchs:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

@@ -15,6 +15,8 @@ import msgspec
 from deepseek_ray.chaos.history import Call, Fault, History, Reference
 
 DEADLINE_GRACE_SECONDS = 1.0
+DESCRIPTOR_GRACE = 16
+"""Links to processes that are new since then, and Ray's own connections."""
 STALL_WINDOW_SECONDS = 60.0
 """A gap that begins later than this after a fault is not the fault's."""
 _MUST_BE_ZERO = ("num_running", "num_waiting", "num_kv_blocks_used", "in_flight")
@@ -33,7 +35,7 @@ def check(history: History, references: Sequence[Reference]) -> list[Violation]:
     """Every promise that the run broke, in order of the calls."""
     found = [violation for call in history.calls for violation in _check_call(call, references[call.case])]
     strays = [Violation("left over", stray, "it runs beside the members") for stray in history.strays]
-    return [*found, *_check_counters(history), *strays]
+    return [*found, *_check_counters(history), *_check_descriptors(history), *strays]
 
 
 def stall(call: Call, fault: Fault) -> float | None:
@@ -103,6 +105,12 @@ def _check_call(call: Call, reference: Reference) -> Iterator[Violation]:
         yield Violation("unfinished", call.request_id, "it never ended")
     elif call.ended > call.deadline + DEADLINE_GRACE_SECONDS:
         yield Violation("late", call.request_id, f"it ended {call.ended - call.deadline:.1f} s after its deadline")
+
+
+def _check_descriptors(history: History) -> Iterator[Violation]:
+    for member, (before, after) in history.descriptors.items():
+        if after - before > DESCRIPTOR_GRACE:
+            yield Violation("left over", member, f"it has {after} open descriptors, {before} before the run")
 
 
 def _check_counters(history: History) -> Iterator[Violation]:

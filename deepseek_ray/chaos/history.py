@@ -59,6 +59,8 @@ class History(msgspec.Struct):
     faults: list[Fault] = []
     counters: dict[str, dict[str, float]] = {}
     """`role/id` -> figures of each member when all calls were over."""
+    descriptors: dict[str, tuple[int, int]] = {}
+    """`role/id` -> open descriptors of each member's process before the run and after it; of those that live on."""
     strays: list[str] = []
     """Processes that a fault left behind: members' by name, and not the members."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import statistics
 import time
@@ -110,6 +111,7 @@ async def _run_once(
     cluster: HostCluster | None,
 ) -> History:
     choose = random.Random(seed)
+    before = await asyncio.to_thread(_descriptors, deployment)
     client = await DeploymentClient.connect(deployment.name)
     try:
         clients = Clients(client, cases, f"{deployment.name}-{seed}", settings.deadline_seconds)
@@ -129,7 +131,9 @@ async def _run_once(
     await asyncio.sleep(_REPORT_SECONDS)
     counters = await asyncio.to_thread(_answer, deployment.stats)
     strays = await asyncio.to_thread(_wait_alone, deployment)
-    return History(seed, clients.calls, nemesis.faults, counters, strays)
+    after = await asyncio.to_thread(_descriptors, deployment)
+    descriptors = {member: (before[pid, member], after[pid, member]) for pid, member in before.keys() & after.keys()}
+    return History(seed, clients.calls, nemesis.faults, counters, descriptors, strays)
 
 
 def _judge(history: History, references: Sequence[Reference]) -> RunResult:
@@ -174,6 +178,15 @@ def _answer(question: Callable[[], T]) -> T:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
+
+
+def _descriptors(deployment: Deployment) -> dict[tuple[int, str], int]:
+    """(pid, role/id) -> open descriptors of every member's process."""
+    found = {}
+    for row in _answer(deployment.status)["actors"]:
+        with contextlib.suppress(psutil.Error):
+            found[row["pid"], f"{row['role']}/{row['id']}"] = psutil.Process(row["pid"]).num_fds()
+    return found
 
 
 def _wait_alone(deployment: Deployment) -> list[str]:

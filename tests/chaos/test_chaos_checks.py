@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from deepseek_ray.chaos.checks import check, first_token_seconds, gaps_before_and_during, stall, stalls
+from deepseek_ray.chaos.checks import (
+    DESCRIPTOR_GRACE,
+    check,
+    first_token_seconds,
+    gaps_before_and_during,
+    stall,
+    stalls,
+)
 from deepseek_ray.chaos.history import Arrival, Call, Fault, History, Reference, read_history
 
 REFERENCES = [Reference([5, 6, 7, 8], [-0.5, -0.25, -1.0, -2.0])]
@@ -61,6 +68,13 @@ def test_a_deadline_has_a_second_of_grace() -> None:
 def test_work_that_is_left_over_is_seen(name: str) -> None:
     counters = {"attention_worker/0": {name: 1.0, "frames": 7.0}, "expert_shard/0": {"calls": 3.0}}
     assert kinds(call(*GOOD), counters=counters) == ["left over"]
+
+
+def test_descriptors_that_are_left_open_are_seen() -> None:
+    grown = {"expert_shard/0": (40, 40 + DESCRIPTOR_GRACE + 1), "expert_shard/1": (40, 40 + DESCRIPTOR_GRACE)}
+    (violation,) = check(History(0, [call(*GOOD)], descriptors=grown), REFERENCES)
+    assert (violation.kind, violation.where) == ("left over", "expert_shard/0")
+    assert "57 open descriptors, 40 before" in violation.detail
 
 
 def test_a_process_that_a_fault_left_behind_is_seen() -> None:

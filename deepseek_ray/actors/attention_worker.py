@@ -21,7 +21,7 @@ from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_sec
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.actors.token_service import TokenService
-from deepseek_ray.control.membership import Directive, MemberReport, MemberState, ShardAddress, WorkerView
+from deepseek_ray.control.reports import Directive, MemberReport, MemberState, ShardAddress, WorkerView
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.offline import tokenizer_beside
 from deepseek_ray.engine.stats import EngineStats

@@ -20,8 +20,8 @@ from deepseek_ray.actors.expert_frames import ONE_BY_ONE, RELOAD, call_frame, re
 from deepseek_ray.actors.expert_meter import ExpertMeter
 from deepseek_ray.actors.shard_directory import ShardDirectory
 from deepseek_ray.actors.shard_links import ShardLinks
-from deepseek_ray.control.membership import ShardAddress
 from deepseek_ray.control.patience import Patience
+from deepseek_ray.control.reports import ShardAddress
 from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError, LinkError, LinkLostError, UnavailableError
 from deepseek_ray.expert_parallel.dispatch import ShardCall, plan_calls
 from deepseek_ray.links.base import Link

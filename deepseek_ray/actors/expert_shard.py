@@ -15,7 +15,7 @@ from deepseek_ray.actors.member import Member
 from deepseek_ray.actors.member_metrics import export_shard
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
-from deepseek_ray.control.membership import Directive, MemberReport, MemberState
+from deepseek_ray.control.reports import Directive, MemberReport, MemberState
 from deepseek_ray.kernels.select import select_kernels
 from deepseek_ray.links.connect import listen
 from deepseek_ray.models.checkpoint import CheckpointReader

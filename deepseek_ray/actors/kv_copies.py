@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from deepseek_ray.actors.kv_frames import block_frame, read_block
-from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.control.reports import WorkerView
 from deepseek_ray.engine.block_copies import BlockCopies, BlockCopy, BlockShape
 from deepseek_ray.engine.prefix_cache import NamedBlock
 from deepseek_ray.errors import LinkError

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import ray
 
 from deepseek_ray.actors.record import DeploymentRecord, ask_router, newest_life, read_record, take_life
-from deepseek_ray.control.membership import Directive, MemberReport, Role
+from deepseek_ray.control.plan import Role
+from deepseek_ray.control.reports import Directive, MemberReport
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ import ray
 import deepseek_ray.errors as errors
 from deepseek_ray.actors.record import DeploymentDescription, DeploymentRecord, get_router, require_record
 from deepseek_ray.actors.worker_stream import WorkerStream
-from deepseek_ray.control.membership import SUSPECT_SECONDS, WorkerView
+from deepseek_ray.control.membership import SUSPECT_SECONDS
 from deepseek_ray.control.peers import next_in_ring
+from deepseek_ray.control.reports import WorkerView
 from deepseek_ray.errors import DeadlineExceededError, DeepSeekRayError, LinkError, UnavailableError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect

@@ -32,8 +32,9 @@ from deepseek_ray.control import commands
 from deepseek_ray.control.admission import Admission
 from deepseek_ray.control.autoscale import AutoscalePolicy, Observer
 from deepseek_ray.control.lease import Leases
-from deepseek_ray.control.membership import Directive, MemberReport, Membership, WorkerView
+from deepseek_ray.control.membership import Membership
 from deepseek_ray.control.plan import Plan, Role, initial_plan
+from deepseek_ray.control.reports import Directive, MemberReport, WorkerView
 from deepseek_ray.control.speeds import relative_speeds
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel.load import ExpertLoad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from deepseek_ray.control.membership import ShardAddress
+from deepseek_ray.control.reports import ShardAddress
 from deepseek_ray.expert_parallel.dispatch import LayerRoutes
 from deepseek_ray.expert_parallel.table import RoutingTable
 

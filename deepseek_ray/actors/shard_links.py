@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from deepseek_ray.actors.shard_directory import ShardDirectory
-from deepseek_ray.control.membership import ShardAddress
+from deepseek_ray.control.reports import ShardAddress
 from deepseek_ray.errors import LinkClosedError, LinkError
 from deepseek_ray.links.base import Link
 

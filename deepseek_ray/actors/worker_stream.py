@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.control.reports import WorkerView
 from deepseek_ray.errors import LinkError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.frame import message_frame, read_message

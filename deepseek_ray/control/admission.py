@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deepseek_ray.control.membership import WorkerView
 from deepseek_ray.control.peers import next_in_ring
+from deepseek_ray.control.reports import WorkerView
 from deepseek_ray.errors import OverloadedError, UnavailableError
 
 

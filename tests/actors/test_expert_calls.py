@@ -12,7 +12,7 @@ import torch
 from deepseek_ray.actors.expert_client import RemoteExperts, StepInterruptedError
 from deepseek_ray.actors.expert_service import ExpertService
 from deepseek_ray.actors.shard_directory import ShardDirectory
-from deepseek_ray.control.membership import ShardAddress
+from deepseek_ray.control.reports import ShardAddress
 from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError, LinkLostError
 from deepseek_ray.expert_parallel.placement import Placement, contiguous_placement, experts_of_shard
 from deepseek_ray.expert_parallel.table import RoutingTable

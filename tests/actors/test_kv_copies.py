@@ -18,7 +18,7 @@ from deepseek_ray.actors.kv_copies import CopyInbox, CopySender
 from deepseek_ray.actors.kv_frames import block_frame, read_block
 from deepseek_ray.actors.token_service import TokenService
 from deepseek_ray.config.engine import EngineConfig
-from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.control.reports import WorkerView
 from deepseek_ray.engine.block_copies import BlockCopy, BlockShape
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.prefix_cache import KEY_BYTES

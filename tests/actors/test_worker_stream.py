@@ -9,7 +9,7 @@ import pytest
 
 import deepseek_ray.actors.worker_stream as worker_stream
 from deepseek_ray.actors.worker_stream import WorkerStream
-from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.control.reports import WorkerView
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect, listen
 from deepseek_ray.links.frame import message_frame

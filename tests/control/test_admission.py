@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from deepseek_ray.control.admission import Admission
-from deepseek_ray.control.membership import WorkerView
+from deepseek_ray.control.reports import WorkerView
 from deepseek_ray.errors import OverloadedError, UnavailableError
 from deepseek_ray.links.base import Endpoints
 

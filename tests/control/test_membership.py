@@ -7,15 +7,9 @@ from typing import Any
 import pytest
 
 from deepseek_ray.config.engine import DeploymentConfig
-from deepseek_ray.control.membership import (
-    GRACE_SECONDS,
-    HEARING_SECONDS,
-    SUSPECT_SECONDS,
-    Directive,
-    MemberReport,
-    Membership,
-)
+from deepseek_ray.control.membership import GRACE_SECONDS, HEARING_SECONDS, SUSPECT_SECONDS, Membership
 from deepseek_ray.control.plan import add_shards, add_workers, drain_shard, drain_worker, initial_plan, with_placement
+from deepseek_ray.control.reports import Directive, MemberReport
 from deepseek_ray.links.base import Endpoints
 
 HELD = {0: {1: [0, 1], 2: [0, 1]}, 1: {1: [2, 3], 2: [2, 3]}}

@@ -50,6 +50,9 @@ def serve(
     prefix_caching: Annotated[
         bool, typer.Option(help="Compute what several prompts begin with only once.")
     ] = EngineConfig.model_fields["prefix_caching"].default,
+    deterministic: Annotated[
+        bool, typer.Option(help="The same output whatever the batch and the failures; off takes torch's operators.")
+    ] = EngineConfig.model_fields["deterministic"].default,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _default("dtype"),
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
@@ -111,7 +114,12 @@ def serve(
             "kv_copies": kv_copies,
             "threads": threads,
             "engine": EngineConfig.parse(
-                {"max_model_len": max_model_len, "kv_cache_bytes": kv_cache_bytes, "prefix_caching": prefix_caching},
+                {
+                    "max_model_len": max_model_len,
+                    "kv_cache_bytes": kv_cache_bytes,
+                    "prefix_caching": prefix_caching,
+                    "deterministic": deterministic,
+                },
                 "serve",
             ),
         },

@@ -25,15 +25,15 @@ class FastKernels(Kernels):
         return PackedWeight(data, len(weights), data.shape[1], data.shape[2])
 
     def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-        return F.linear(x.to(weight.dtype), weight.data[0]).to(out_dtype or x.dtype)
+        return F.linear(x.to(weight.dtype), _matrices(weight)[0]).to(out_dtype or x.dtype)
 
     def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-        heads = torch.bmm(x.to(weight.dtype).transpose(0, 1), weight.data.transpose(1, 2))
+        heads = torch.bmm(x.to(weight.dtype).transpose(0, 1), _matrices(weight).transpose(1, 2))
         return heads.transpose(0, 1).to(out_dtype or x.dtype)
 
     def grouped_linear(self, x: Tensor, weights: Sequence[PackedWeight], rows: Sequence[int]) -> Tensor:
         parts = zip(weights, x.split(list(rows)), strict=True)
-        return torch.cat([F.linear(part, weight.data[0]) for weight, part in parts])
+        return torch.cat([F.linear(part, _matrices(weight)[0]) for weight, part in parts])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -70,3 +70,8 @@ class FastKernels(Kernels):
             weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
             out[tokens] = weights @ latents[:, :value_width]
         return out
+
+
+def _matrices(weight: PackedWeight) -> Tensor:
+    """[groups, N, K]; mapped from a file, the data come as one row."""
+    return weight.data.view(weight.groups, weight.num_out, weight.num_in)

@@ -14,6 +14,9 @@ from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.kernels.select import default_kernels, select_kernels
 from deepseek_ray.llm import LLM
 from deepseek_ray.messages import SamplingParams
+from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.expert_store import ExpertStore
+from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.kernels.cases import DTYPES, paged_case, random, tolerance
 
 FAST, SLOW = FastKernels(), ReferenceKernels()
@@ -94,3 +97,19 @@ def test_neither_attention_nor_experts_take_the_row_kernels(
         llm.generate("import os", SamplingParams(max_tokens=2))
     with LLM(trained_model) as llm, pytest.raises(AssertionError, match="a row kernel was called"):
         llm.generate("import os", SamplingParams(max_tokens=2))
+
+
+def test_experts_that_are_mapped_from_files_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_RAY_CACHE", str(tmp_path / "cache"))
+    write_random_checkpoint(tmp_path / "model", tiny_config())
+    reader = CheckpointReader(tmp_path / "model")
+    layer, width = reader.config.moe_layers[0], reader.config.hidden_size
+    hidden, rows, experts = random(3, width), torch.tensor([0, 1, 2]), torch.tensor([1, 0, 1])
+    packed, mapped = (
+        ExpertStore(reader, {layer: [0, 1]}, torch.float32, FAST, shared_files=True).run(layer, hidden, rows, experts)
+        for _ in range(2)
+    )
+    assert list((tmp_path / "cache" / "packed").rglob(f"{layer}-1"))
+    assert packed is not None
+    assert mapped is not None
+    assert torch.equal(packed, mapped)

@@ -15,8 +15,8 @@ import msgspec
 from deepseek_ray.chaos.history import Call, Fault, History, Reference
 
 DEADLINE_GRACE_SECONDS = 1.0
-DESCRIPTOR_GRACE = 16
-"""Links to processes that are new since then, and Ray's own connections."""
+DESCRIPTOR_GRACE = 32
+"""Links that were made since then (about five descriptors each, copies of cache blocks have their own), and Ray's."""
 STALL_WINDOW_SECONDS = 60.0
 """A gap that begins later than this after a fault is not the fault's."""
 _MUST_BE_ZERO = ("num_running", "num_waiting", "num_kv_blocks_used", "in_flight")

@@ -22,7 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,13 +65,15 @@ class PackedFiles:
         """Map an expert; None when it was not written yet, or is not what it should be."""
         path = self._path(layer, expert)
         try:
-            content = np.memmap(path, np.uint8, mode="c")  # private: who writes to the weights changes no file
-            magic, version, *sizes = _HEADER.unpack(content[: _HEADER.size].tobytes())
-        except (OSError, ValueError, struct.error):
+            # Private: who writes to the weights changes no file. Unlike Python's mmap, torch keeps no descriptor open
+            # for it: a shard of a large model maps more files than a process may have open.
+            content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            magic, version, *sizes = _HEADER.unpack(content[: _HEADER.size].numpy().tobytes())
+        except (OSError, RuntimeError, ValueError, struct.error):
             return None
         start, weights = _ALIGNMENT, []
         for count, num_out, num_in in (sizes[:3], sizes[3:]):
-            raw = torch.from_numpy(content[start : start + count]).view(self._dtype)
+            raw = content[start : start + count].view(self._dtype)
             weights.append((raw, num_out, num_in))
             start += _aligned(count)
         if (magic, version) != (_MAGIC, _VERSION) or start != len(content):

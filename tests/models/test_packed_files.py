@@ -111,3 +111,12 @@ def test_a_cache_that_cannot_be_written_is_said_and_ignored(
     cache.write_text("a file in the way")
     assert torch.equal(rows(store(model)), expected)
     assert "not kept" in caplog.text
+
+
+def test_a_mapped_expert_keeps_no_descriptor_open(model: Path, cache: Path) -> None:
+    """A shard of a large model maps thousands of files; a process may have a thousand open."""
+    store(model)
+    before = len(os.listdir("/proc/self/fd"))
+    mapped = [store(model) for _ in range(8)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert rows(mapped[-1]).isfinite().all()

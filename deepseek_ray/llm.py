@@ -59,12 +59,15 @@ class LLM:
         kv_cache_bytes: int | None = None,
         seed: int = 0,
         deterministic: bool = True,
+        attention_device: str = "cpu",
+        expert_device: str = "cpu",
     ) -> None:
         """ConfigError for a bad argument, CheckpointError for a model that cannot be read, before weights are loaded.
 
         `attention_workers` and `expert_shards` count for `backend="actors"`. `threads`: cores the whole engine may use.
         `seed` decides the samples of requests that bring no seed: the same calls give the same outputs.
         `deterministic`: the output does not depend on the batch, the shards or a failure; False is torch's own speed.
+        `attention_device`, `expert_device`: "cpu" or "cuda", each for itself; "cuda" needs `deterministic=False`.
         """
         self._backend: OfflineBackend | None = None
         if backend not in _BACKENDS:
@@ -78,6 +81,8 @@ class LLM:
         values = {
             "model_dir": str(model_dir),
             "dtype": dtype,
+            "attention_device": attention_device,
+            "expert_device": expert_device,
             "attention_workers": attention_workers,
             "expert_shards": expert_shards,
             "threads": threads,

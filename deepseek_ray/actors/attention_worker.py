@@ -26,7 +26,7 @@ from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.offline import tokenizer_beside
 from deepseek_ray.engine.stats import EngineStats
 from deepseek_ray.errors import RequestError
-from deepseek_ray.kernels.select import select_kernels
+from deepseek_ray.kernels.select import select_kernels, usable_device
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect, listen
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -84,7 +84,8 @@ class AttentionWorker:
         try:
             reader = CheckpointReader(Path(self._config.model_dir))
             kernels = select_kernels(self._config.engine.deterministic)
-            decoder = PagedDecoder(reader, getattr(torch, self._config.dtype), self._experts, kernels)
+            dtype, device = getattr(torch, self._config.dtype), usable_device(self._config.attention_device)
+            decoder = PagedDecoder(reader, dtype, self._experts, kernels, device=device)
             engine = Engine(decoder, tokenizer_beside(self._config.model_dir), self._config.engine)
             if engine.grammars:
                 with contextlib.suppress(RequestError):  # said to whoever asks for a structured output

@@ -94,7 +94,7 @@ def one_by_one(content: CallContent) -> Iterator[CallContent]:
 
 
 def reply_frame(call: Frame, rows: Tensor) -> Frame:
-    return answer(call, FrameKind.EXPERT_REPLY, _bytes(rows), rows.shape[0], _CODES[rows.dtype])
+    return answer(call, FrameKind.EXPERT_REPLY, _bytes(rows.cpu()), rows.shape[0], _CODES[rows.dtype])
 
 
 def answer(

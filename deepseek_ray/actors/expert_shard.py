@@ -16,7 +16,7 @@ from deepseek_ray.actors.member_metrics import export_shard
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.control.reports import Directive, MemberReport, MemberState
-from deepseek_ray.kernels.select import select_kernels
+from deepseek_ray.kernels.select import select_kernels, usable_device
 from deepseek_ray.links.connect import listen
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_speed import seconds_per_expert
@@ -48,6 +48,7 @@ class ExpertShard:
             self._dtype,
             select_kernels(config.engine.deterministic),
             shared_files=config.packed_files,
+            device=usable_device(config.expert_device),
         )
         self._threads = threads
         self._loader = ExpertLoader(self._store, changed=self.report_now, measure=self._measure)

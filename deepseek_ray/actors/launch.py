@@ -56,6 +56,7 @@ def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]
             threads,
             arguments=(config.name, id, threads),
             num_cpus=threads if config.reserve_cpus else 0,
+            num_gpus=member_gpus(config, role),
             **_place(config, role, id),
         )
     return handles
@@ -92,7 +93,15 @@ def missing_labels(config: DeploymentConfig) -> list[str]:
         if not _nodes_with(labels):
             wanted = ",".join(f"{name}={value}" for name, value in labels.items())
             missing.append(f"a node with the labels {wanted} for each {role.replace('_', ' ')}")
+        elif member_gpus(config, role) and not any("GPU" in node["Resources"] for node in _nodes_with(labels)):
+            missing.append(f"a node with a GPU for each {role.replace('_', ' ')}")
     return missing
+
+
+def member_gpus(config: DeploymentConfig, role: Role) -> float:
+    """GPUs of each member of a role; Ray shows a process no others."""
+    device = config.attention_device if role == "attention_worker" else config.expert_device
+    return config.gpus_per_member if device == "cuda" else 0
 
 
 def member_threads(config: DeploymentConfig, role: Role) -> int:

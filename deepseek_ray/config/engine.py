@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from deepseek_ray.config.base import FrozenConfig
 
+Device = Literal["cpu", "cuda"]
 InferenceDtype = Literal["float32", "bfloat16"]
 
 
@@ -73,6 +74,12 @@ class DeploymentConfig(FrozenConfig):
     """Name clients use; None takes the directory's name."""
     dtype: InferenceDtype = "bfloat16"
     """Type of weights and activations."""
+    attention_device: Device = "cpu"
+    """What attention workers compute on; "cuda" needs `engine.deterministic: false`."""
+    expert_device: Device = "cpu"
+    """What expert shards compute on, whatever attention does."""
+    gpus_per_member: float = Field(default=1.0, gt=0)
+    """GPUs that each member on "cuda" asks Ray for; 0.5 puts two on one."""
     attention_workers: int = Field(default=1, ge=1)
     """Processes that own attention and the KV cache, each of its own sequences."""
     expert_shards: int = Field(default=2, ge=1)
@@ -115,6 +122,16 @@ class DeploymentConfig(FrozenConfig):
     request_timeout_seconds: float = Field(default=600.0, gt=0)
     """Deadline of a request that brings none; also the longest a request may ask for."""
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> Self:
+        if self.engine.deterministic and "cuda" in (self.attention_device, self.expert_device):
+            raise ValueError(
+                f"attention_device is {self.attention_device} and expert_device {self.expert_device}, and "
+                "engine.deterministic is true: operators whose rows do not depend on each other exist for the CPU "
+                "only; set engine.deterministic to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_copies(self) -> Self:

@@ -19,7 +19,7 @@ class BlockCopy(NamedTuple):
     key: bytes
     parent: bytes
     latents: Tensor
-    """[num_layers, block_size, width], a tensor of its own."""
+    """[num_layers, block_size, width], a tensor of its own, on the CPU."""
 
 
 class BlockShape(NamedTuple):
@@ -57,7 +57,9 @@ class BlockCopies:
         (block,) = self._blocks.prefixes.find([name.key]) or (None,)
         if block is None:
             return None
-        return BlockCopy(name.key, name.parent, self._cache.block(block).clone(memory_format=torch.contiguous_format))
+        return BlockCopy(
+            name.key, name.parent, self._cache.block(block).cpu().clone(memory_format=torch.contiguous_format)
+        )
 
     def insert(self, copy: BlockCopy) -> bool:
         """Put a block where the prefix cache finds it. False when it is here, or there is no room."""

@@ -12,7 +12,7 @@ import torch
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.engine.engine import Engine, plan_engine_cache
 from deepseek_ray.engine.tokenizer import Tokenizer
-from deepseek_ray.kernels.select import select_kernels
+from deepseek_ray.kernels.select import select_kernels, usable_device
 from deepseek_ray.messages import GenerateRequest, TokenEvent
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
@@ -55,7 +55,10 @@ class LocalBackend(OfflineBackend):
             torch.set_num_threads(config.threads)
         every_expert = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
         kernels = select_kernels(config.engine.deterministic)
-        decoder = PagedDecoder(reader, dtype, LocalExperts(ExpertStore(reader, every_expert, dtype, kernels)), kernels)
+        store = ExpertStore(reader, every_expert, dtype, kernels, device=usable_device(config.expert_device))
+        decoder = PagedDecoder(
+            reader, dtype, LocalExperts(store), kernels, device=usable_device(config.attention_device)
+        )
         self._engine: Engine | None = Engine(decoder, self.tokenizer, config.engine)
         self.vocab_size = self._engine.vocab_size
         self.max_model_len = self._engine.max_model_len

@@ -52,7 +52,7 @@ class Runner:
     def run(self, step: ScheduledStep) -> NDArray[np.float32]:
         """Logits [n, vocab_size]: for each item of the step its `scored` places, then its last token if it samples."""
         batch = make_batch(step, self.cache.block_size)
-        return self._decoder.forward(batch, self.cache).numpy()
+        return self._decoder.forward(batch, self.cache).cpu().numpy()
 
 
 def make_batch(step: ScheduledStep, block_size: int) -> PagedBatch:

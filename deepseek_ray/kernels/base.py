@@ -32,6 +32,9 @@ class PackedWeight:
     def dtype(self) -> torch.dtype:
         return self.data.dtype
 
+    def to(self, device: torch.device) -> PackedWeight:
+        return PackedWeight(self.data.to(device), self.groups, self.num_out, self.num_in)
+
 
 class Kernels(ABC):
     """What the paged decoder and the expert shards compute with."""

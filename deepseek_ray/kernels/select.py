@@ -6,6 +6,9 @@ import functools
 import logging
 import os
 
+import torch
+
+from deepseek_ray.errors import ConfigError
 from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.native import KernelBuildError, NativeKernels
@@ -17,6 +20,16 @@ logger = logging.getLogger(__name__)
 def select_kernels(deterministic: bool) -> Kernels:
     """The operators a deployment is to compute with."""
     return default_kernels() if deterministic else FastKernels()
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name. ConfigError when torch sees none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            'a device is "cuda" and torch sees no CUDA device in this process; set attention_device and expert_device '
+            'to "cpu", or start it on a node with a GPU and with a torch that was built for it'
+        )
+    return torch.device(name)
 
 
 @functools.cache

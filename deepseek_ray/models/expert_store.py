@@ -31,11 +31,16 @@ class ExpertStore:
         kernels: Kernels | None = None,
         on_layer: Callable[[int], None] | None = None,
         shared_files: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`shared_files`: packed experts are kept in files of this node and mapped from there, see `PackedFiles`."""
+        """`shared_files`: packed experts are kept in files of this node and mapped from there, see `PackedFiles`.
+
+        `kernels` must be able to compute on `device`.
+        """
         self.kernels = kernels or default_kernels()
         self._reader = reader
         self._dtype = dtype
+        self.device = torch.device(device)
         self._layers: dict[int, dict[int, PackedExpert]] = {}
         self._changing = threading.Lock()
         layout = self.kernels.layout
@@ -90,7 +95,7 @@ class ExpertStore:
     def _put(self, layer: int, expert: int, packed: PackedExpert) -> None:
         """In a new dictionary each time: whoever computes keeps the one it looked up."""
         with self._changing:
-            self._layers[layer] = {**self._layers.get(layer, {}), expert: packed}
+            self._layers[layer] = {**self._layers.get(layer, {}), expert: packed.to(self.device)}
 
     def weights_of(self, layer: int, expert: int) -> Tensor:
         """The packed down projection of one expert, a view: whoever writes to it changes the expert."""
@@ -100,8 +105,9 @@ class ExpertStore:
         """One row per (token, expert) pair, in the order of the pairs, unweighted; None when an expert is not here.
 
         hidden [tokens, hidden_size]; token_rows [pairs] int64, which row of `hidden`; expert_ids [pairs] int64
-        `-> [pairs, hidden_size]` in hidden's dtype.
+        `-> [pairs, hidden_size]` in hidden's dtype, on the store's device, wherever the input was.
         """
+        hidden, token_rows, expert_ids = (part.to(self.device) for part in (hidden, token_rows, expert_ids))
         if not len(expert_ids):
             return hidden.new_empty(0, hidden.shape[1])
         order = expert_ids.argsort(stable=True)
@@ -123,10 +129,11 @@ class LocalExperts(ExpertBackend):
 
     def __init__(self, store: ExpertStore) -> None:
         self._store = store
+        self.device = store.device
 
     def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor) -> Tensor:
         tokens, top_k = expert_ids.shape
-        token_rows = torch.arange(tokens).repeat_interleave(top_k)
+        token_rows = torch.arange(tokens, device=self.device).repeat_interleave(top_k)
         rows = self._store.run(layer, hidden, token_rows, expert_ids.flatten())
         assert rows is not None, f"the local store lacks experts of layer {layer}"
         return rows.view(tokens, top_k, hidden.shape[1])

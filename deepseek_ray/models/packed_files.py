@@ -45,6 +45,9 @@ class PackedExpert(NamedTuple):
     gate_up: PackedWeight
     down: PackedWeight
 
+    def to(self, device: torch.device) -> PackedExpert:
+        return PackedExpert(self.gate_up.to(device), self.down.to(device))
+
 
 class PackedFiles:
     """The packed experts of one checkpoint, in one layout and dtype, on this node."""

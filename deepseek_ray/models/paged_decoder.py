@@ -36,10 +36,13 @@ class PagedDecoder:
         kernels: Kernels | None = None,
         max_positions: int | None = None,
         on_layer: Callable[[int], None] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        """`kernels` must be able to compute on `device`."""
         self.config: ModelConfig = reader.config
         self.dtype = dtype
-        weights = _Weights(reader, dtype, kernels or default_kernels())
+        self.device = torch.device(device)
+        weights = _Weights(reader, dtype, kernels or default_kernels(), self.device)
         self._kernels = weights.kernels
         self._embedding = weights.plain("model.embed_tokens.weight")
         self._layers = []
@@ -52,15 +55,18 @@ class PagedDecoder:
         self._head = weights.linear("model.embed_tokens.weight" if tied else "lm_head.weight")
         # One table for all positions: cos of a short tensor and of a long one differ in the last bit.
         positions = torch.arange(max_positions or self.config.max_position_embeddings)
-        self._cos, self._sin = rope_tables(self.config, positions)
+        self._cos, self._sin = (table.to(self.device) for table in rope_tables(self.config, positions))
 
     def new_cache(self, num_blocks: int, block_size: int) -> LatentCache:
         config = self.config
-        return LatentCache(config.num_hidden_layers, num_blocks, block_size, config.latent_width, self.dtype)
+        return LatentCache(
+            config.num_hidden_layers, num_blocks, block_size, config.latent_width, self.dtype, self.device
+        )
 
     @torch.inference_mode()
     def forward(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
         """Logits of the tokens `batch.logit_rows`, `[n, vocab_size]` float32. Writes the step's latents to `cache`."""
+        batch = batch.to(self.device)
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         hidden = self._embedding[batch.token_ids]
         for index, layer in enumerate(self._layers):
@@ -72,13 +78,14 @@ class PagedDecoder:
 class _Weights:
     """Reads tensors by name (the reader refuses NaN and infinity) and packs them."""
 
-    def __init__(self, reader: CheckpointReader, dtype: torch.dtype, kernels: Kernels) -> None:
+    def __init__(self, reader: CheckpointReader, dtype: torch.dtype, kernels: Kernels, device: torch.device) -> None:
         self.reader = reader
         self.dtype = dtype
+        self.device = device
         self.kernels = kernels
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.reader.tensor(name, dtype or self.dtype)
+        return self.reader.tensor(name, dtype or self.dtype).to(self.device)
 
     def norm(self, name: str) -> Tensor:
         return self.plain(name, torch.float32).contiguous()
@@ -206,9 +213,11 @@ class _Moe:
         logits = self._kernels.linear(hidden, self._gate, torch.float32)
         scores = self._kernels.scores(logits, self._config.scoring_func)
         expert_ids, slot_weights = choose_experts(scores, self._bias, self._config)
-        ticket = self._experts.dispatch(self._layer, hidden, expert_ids)
+        there = self._experts.device
+        ticket = self._experts.dispatch(self._layer, hidden.to(there), expert_ids.to(there))
         shared = self._shared.forward(hidden) if self._shared else None
-        routed = combine_slots(self._experts.combine(ticket), slot_weights).to(hidden.dtype)
+        rows = self._experts.combine(ticket).to(hidden.device)
+        routed = combine_slots(rows, slot_weights).to(hidden.dtype)
         return routed if shared is None else routed + shared
 
 

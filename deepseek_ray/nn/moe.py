@@ -22,6 +22,9 @@ from deepseek_ray.nn.recompute import is_recomputing
 class ExpertBackend(ABC):
     """Computes routed experts. `combine` may be called only once per ticket, in any order of tickets."""
 
+    device: torch.device = torch.device("cpu")
+    """Where `dispatch` wants its tensors and `combine` leaves its own."""
+
     @abstractmethod
     def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor) -> Any:
         """Start the work of one layer and return a ticket for `combine`.

@@ -5,7 +5,7 @@ Letters: T tokens of the step, S sequences of the step, B cache blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class PagedBatch:
     @property
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
+
+    def to(self, device: torch.device) -> PagedBatch:
+        return PagedBatch(*(getattr(self, name.name).to(device, non_blocking=True) for name in fields(self)))
 
 
 class LatentCache:

@@ -28,3 +28,12 @@ def test_copies_between_two_workers() -> None:
     config = DeploymentConfig(model_dir="m", attention_workers=2, kv_copies=True)
     assert config.engine.prefix_caching
     assert not DeploymentConfig(model_dir="m").kv_copies
+
+
+@pytest.mark.parametrize("device", ["attention_device", "expert_device"])
+def test_a_gpu_and_determinism_exclude_each_other(device: str) -> None:
+    with pytest.raises(ConfigError, match=r"exist for the CPU only; set engine.deterministic to false"):
+        DeploymentConfig.parse({"model_dir": "m", device: "cuda"}, "test")
+    fast = {"deterministic": False}
+    config = DeploymentConfig.parse({"model_dir": "m", device: "cuda", "engine": fast}, "test")
+    assert getattr(config, device) == "cuda"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepseek_ray.config.engine import EngineConfig
+from deepseek_ray.errors import ConfigError
 from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.native import NativeKernels
 from deepseek_ray.kernels.reference import ReferenceKernels
@@ -113,3 +114,9 @@ def test_experts_that_are_mapped_from_files_are_the_same(tmp_path: Path, monkeyp
     assert packed is not None
     assert mapped is not None
     assert torch.equal(packed, mapped)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_what_to_set(trained_model: Path) -> None:
+    with pytest.raises(ConfigError, match=r'sees no CUDA device.*set attention_device and expert_device to "cpu"'):
+        LLM(trained_model, deterministic=False, attention_device="cuda")

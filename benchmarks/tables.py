@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ This page is written by `python -m benchmarks.tables` from `benchmarks/results/`
 
 
 def main() -> None:
-    sections = [
-        _HEAD,
-        generation_section(newest("generation")),
-        deterministic_section(newest("deterministic")),
-        frames_section(newest("frame_round_trip")),
-        placement_section(newest("placement")),
-        strategies_section(newest("strategies")),
-        tuning_section(newest("tuning")),
-    ]
+    written = {
+        "generation": generation_section,
+        "deterministic": deterministic_section,
+        "frame_round_trip": frames_section,
+        "placement": placement_section,
+        "strategies": strategies_section,
+        "tuning": tuning_section,
+    }
+    sections = [_HEAD, *(section(newest(what)) for what, section in written.items() if list(results_of(what)))]
     PAGE.write_text("\n".join(sections), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(RESULTS.parent.parent)}")
 
@@ -44,8 +44,12 @@ def write_between_marks(page: Path, name: str, text: str) -> None:
     print(f"wrote {page.relative_to(RESULTS.parent.parent)}")
 
 
+def results_of(what: str) -> Iterator[Path]:
+    return RESULTS.glob(f"{what}_*.json")
+
+
 def newest(what: str) -> dict[str, Any]:
-    path = max(RESULTS.glob(f"{what}_*.json"), key=lambda found: found.stem.rsplit("_", 1)[1])
+    path = max(results_of(what), key=lambda found: found.stem.rsplit("_", 1)[1])
     return {**json.loads(Path(path).read_text()), "file": path.name}
 
 

@@ -19,7 +19,7 @@ import ray
 
 import deepseek_ray.errors as errors
 from deepseek_ray.actors.record import DeploymentDescription, DeploymentRecord, get_router, require_record
-from deepseek_ray.actors.worker_stream import WorkerStream
+from deepseek_ray.actors.worker_stream import WorkerStreams
 from deepseek_ray.control.membership import SUSPECT_SECONDS
 from deepseek_ray.control.peers import next_in_ring
 from deepseek_ray.control.reports import WorkerView
@@ -58,9 +58,7 @@ class DeploymentClient:
         self._record = record
         self._name = record.description.name
         self._node_id: str = ray.get_runtime_context().get_node_id()
-        self._loop = asyncio.get_running_loop()
-        self._streams: dict[int, WorkerStream] = {}
-        self._connecting = asyncio.Lock()
+        self._streams = WorkerStreams(self._connect, self._hangs)
         self._known_workers: dict[int, WorkerView] = {}
         self._turn = itertools.count()
         self._kv_copies = record.config.kv_copies
@@ -124,14 +122,12 @@ class DeploymentClient:
                 raise UnavailableError(f"{MAX_LOST} attention workers were lost while they ran it; try again later")
 
     async def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
+        self._streams.close()
 
     async def _attempt(self, worker: WorkerView, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """Events of one attempt on one worker; _WorkerLostError if it dies."""
         try:
-            stream = await self._stream(worker)
+            stream = await self._streams.get(worker)
         except (LinkError, OSError) as error:
             self._release(request.request_id)
             raise _WorkerLostError(f"attention worker {worker.id} cannot be reached: {error}", False) from None
@@ -204,18 +200,6 @@ class DeploymentClient:
             return await asyncio.wait_for(asked, _ROUTER_SECONDS)
         except (ray.exceptions.RayError, ValueError, TimeoutError):
             return False
-
-    async def _stream(self, worker: WorkerView) -> WorkerStream:
-        """The open stream to this life of the worker."""
-        async with self._connecting:
-            stream = self._streams.get(worker.id)
-            if stream is not None and stream.alive and stream.incarnation == worker.incarnation:
-                return stream
-            if stream is not None:
-                stream.close()
-            link = await asyncio.to_thread(self._connect, worker)
-            self._streams[worker.id] = WorkerStream(link, worker, self._loop, self._hangs)
-            return self._streams[worker.id]
 
     def _connect(self, worker: WorkerView) -> Link:
         return connect(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +21,8 @@ from deepseek_ray.messages import AbortRequest, GenerateRequest, TokenEvent, Tok
 
 logger = logging.getLogger(__name__)
 
+UNREACHABLE_SECONDS = 1.0
+"""For so long after a vain attempt nobody else tries: a host that is cut off costs each attempt its whole time-out."""
 SILENT_SECONDS = 2.0
 """A worker that owes events and sends none for so long may hang: whether it does, the router knows."""
 _DECODER = msgspec.msgpack.Decoder(TokenEvents)
@@ -112,3 +116,43 @@ class WorkerStream:
         self.close()
         for events in self._queues.values():
             events.put_nowait(None)
+
+
+class WorkerStreams:
+    """A client's streams, one to each attention worker, opened when first asked for. Belongs to one event loop."""
+
+    def __init__(self, connect: Callable[[WorkerView], Link], hangs: Callable[[WorkerView], Awaitable[bool]]) -> None:
+        """`connect` is called in threads."""
+        self._connect = connect
+        self._hangs = hangs
+        self._streams: dict[int, WorkerStream] = {}
+        self._opening: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._failed: dict[tuple[int, int], float] = {}
+
+    async def get(self, worker: WorkerView) -> WorkerStream:
+        """The open stream to this life of the worker. Nobody waits for the opening of another worker's.
+
+        Raises LinkError or OSError when it cannot be reached.
+        """
+        life = worker.id, worker.incarnation
+        async with self._opening[worker.id]:
+            stream = self._streams.get(worker.id)
+            if stream is not None and stream.alive and stream.incarnation == worker.incarnation:
+                return stream
+            if stream is not None:
+                stream.close()
+            if time.monotonic() - self._failed.get(life, -math.inf) < UNREACHABLE_SECONDS:
+                raise LinkError(f"attention worker {worker.id} could not be reached a moment ago")
+            try:
+                link = await asyncio.to_thread(self._connect, worker)
+            except (LinkError, OSError):
+                self._failed[life] = time.monotonic()
+                raise
+            stream = WorkerStream(link, worker, asyncio.get_running_loop(), self._hangs)
+            self._streams[worker.id] = stream
+            return stream
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 import deepseek_ray.actors.worker_stream as worker_stream
-from deepseek_ray.actors.worker_stream import WorkerStream
+from deepseek_ray.actors.worker_stream import WorkerStream, WorkerStreams
 from deepseek_ray.control.reports import WorkerView
+from deepseek_ray.errors import LinkError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect, listen
 from deepseek_ray.links.frame import message_frame
@@ -98,5 +100,32 @@ def test_every_event_is_a_sign_of_life(listener: Listener) -> None:
         assert not router.asked, "20 events over four times the silence that is allowed"
         stream.close()
         link.close()
+
+    asyncio.run(check())
+
+
+def test_a_worker_that_cannot_be_reached_holds_nobody_else_up(listener: Listener) -> None:
+    """Its host is cut off: each attempt to connect takes its whole time-out."""
+    given_up, attempts = threading.Event(), list[int]()
+
+    def connect_or_wait(worker: WorkerView) -> Link:
+        attempts.append(worker.id)
+        if worker.id == 7:
+            given_up.wait(10)
+            raise LinkError("no link within 5 s")
+        return connect(listener.endpoints, "node", "d", SECRET)
+
+    async def check() -> None:
+        streams = WorkerStreams(connect_or_wait, Router(False).hangs)
+        lost = [asyncio.create_task(streams.get(WorkerView(7, 1, listener.endpoints))) for _ in range(20)]
+        other = await asyncio.wait_for(streams.get(WorkerView(8, 1, listener.endpoints)), 5)
+        assert other.alive
+        assert not any(task.done() for task in lost)
+        given_up.set()
+        assert all(isinstance(error, LinkError) for error in await asyncio.gather(*lost, return_exceptions=True))
+        assert attempts.count(7) == 1, "who waited for the first attempt does not try in vain again"
+        assert await streams.get(WorkerView(8, 1, listener.endpoints)) is other
+        streams.close()
+        assert not other.alive
 
     asyncio.run(check())

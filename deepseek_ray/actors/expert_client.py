@@ -228,6 +228,10 @@ class RemoteExperts(ExpertBackend):
             if pending is None or frame.incarnation != self._incarnation:
                 return  # a late answer to a call that was sent again, or to a step that was given up
             if frame.kind is FrameKind.EXPERT_REPLY:
+                if frame.num_rows < pending.answered:
+                    return  # a part of an answer that came before
+                if frame.num_rows > pending.answered:
+                    raise LinkError(f"an answer goes on at pair {frame.num_rows}, {pending.answered} have come")
                 self._take_rows(ticket, frame.sequence, pending, read_reply(frame, ticket.hidden.shape[1]))
             elif frame.kind is FrameKind.STALE:
                 ticket.refused.add(pending.call.shard)

@@ -1,7 +1,8 @@
 """Expert calls and replies as frames: raw tensor bytes behind a header.
 
 A call's payload is pair_rows [P] int32, pair_experts [P] int32, hidden [N, H]; a reply's is rows [P, H]. A call with
-the flag ONE_BY_ONE, whose pairs are in order of their rows, gets one reply per row, in order, with that row's pairs.
+the flag ONE_BY_ONE, whose pairs are in order of their rows, gets one reply per row, in order, with that row's pairs; a
+reply's `num_rows` says how many pairs of the call have been answered before it.
 """
 
 from __future__ import annotations
@@ -93,12 +94,18 @@ def one_by_one(content: CallContent) -> Iterator[CallContent]:
         yield CallContent(hidden, torch.zeros(len(experts), dtype=torch.int64), experts)
 
 
-def reply_frame(call: Frame, rows: Tensor) -> Frame:
-    return answer(call, FrameKind.EXPERT_REPLY, _bytes(rows.cpu()), rows.shape[0], _CODES[rows.dtype])
+def reply_frame(call: Frame, rows: Tensor, num_before: int = 0) -> Frame:
+    """`num_before`: pairs of the call that were answered before these."""
+    return answer(call, FrameKind.EXPERT_REPLY, _bytes(rows.cpu()), rows.shape[0], _CODES[rows.dtype], num_before)
 
 
 def answer(
-    call: Frame, kind: FrameKind, payload: object = b"", num_pairs: int = 0, dtype: DtypeCode = DtypeCode.NONE
+    call: Frame,
+    kind: FrameKind,
+    payload: object = b"",
+    num_pairs: int = 0,
+    dtype: DtypeCode = DtypeCode.NONE,
+    num_rows: int = 0,
 ) -> Frame:
     """A frame that the caller can match with its call."""
     return Frame(
@@ -108,6 +115,7 @@ def answer(
         sequence=call.sequence,
         layer=call.layer,
         attempt=call.attempt,
+        num_rows=num_rows,
         num_pairs=num_pairs,
         dtype=dtype,
     )

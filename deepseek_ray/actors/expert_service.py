@@ -84,12 +84,14 @@ class ExpertService:
                 self._store.reload(frame.layer, expert)
                 self.num_reloaded += 1
         self.num_calls += 1
+        answered = 0
         for part in one_by_one(content) if frame.flags & ONE_BY_ONE else (content,):
             rows = self._compute(frame.layer, part)
             if rows is None:
                 yield answer(frame, FrameKind.STALE)
                 return
-            yield reply_frame(frame, rows)
+            yield reply_frame(frame, rows, answered)
+            answered += len(rows)
 
     def _compute(self, layer: int, content: CallContent) -> Tensor | None:
         """None when an expert is not here."""

@@ -98,7 +98,7 @@ def test_a_request_that_crashes_shards_fails_and_no_other(trained_model: Path, m
     assert poisoned["tokens"] == []
     assert "crashed the process of its experts twice" in poisoned["error"], said
     assert outcomes == {prompt: {"tokens": tokens, "error": None} for prompt, tokens in wanted.items()}
-    assert 2 <= printed["restarts"] <= 3  # its experts may be on both shards, and fall with both before one more falls
+    assert 2 <= printed["restarts"] <= 4  # its experts may be on both shards, and fall with both twice
 
 
 @pytest.mark.slow

@@ -102,6 +102,18 @@ def test_the_checker_notices_mistakes(model: Path, mutant: str, cell: str, kinds
     assert any(f"    {kind} " in said for kind in kinds), said
 
 
+@pytest.mark.slow
+def test_late_repeated_and_overtaken_answers_break_no_promise(trained_model: Path, tmp_path: Path) -> None:
+    """Beside a killed shard, whose calls are answered in parts."""
+    path = os.pathsep.join(filter(None, [str(MUTANTS), os.environ.get("PYTHONPATH")]))
+    disorder = tmp_path / "disorder"
+    environment = {"MUTANT": "disorder", "PYTHONPATH": path, "DISORDER": str(disorder)}
+    code, rows, said = chaos(trained_model, "--cell", "kill-shard-replica", "--runs", "2", **environment)
+    assert code == 0, said
+    assert_kept(rows, said)
+    assert {"twice", "late", "very late"} <= set(disorder.read_text().splitlines())
+
+
 def test_an_unknown_fault_is_named(trained_model: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "deepseek_ray.cli.main", "chaos", str(trained_model), "--cell", "meteor"],

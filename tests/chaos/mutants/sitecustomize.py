@@ -115,10 +115,55 @@ def weights_go_bad(module: ModuleType) -> None:
     module.ExpertStore.run, module.ExpertStore.reload = run_with_bad, mend
 
 
+def answers_late_twice_and_overtaken(module: ModuleType) -> None:
+    """Some answers of a shard come twice, some late, after those to later calls or after a hedged call's; what was done
+    is a line each in the file DISORDER."""
+    import random
+    import threading
+
+    serve, chance = module.ExpertService._serve, random.Random(os.getpid())
+    log = os.open(os.environ["DISORDER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    class Disorderly:
+        """A link to which answers are given in no good order."""
+
+        def __init__(self, link: Any) -> None:
+            self._link = link
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._link, name)
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._link.close()
+
+        def send(self, frame: Any) -> None:
+            kind = chance.choices(["in order", "twice", "late", "very late"], [80, 10, 9, 1])[0]
+            os.write(log, f"{kind}\n".encode())
+            if kind in ("in order", "twice"):
+                for _ in range(1 + (kind == "twice")):
+                    self._link.send(frame)
+                return
+            frame.payload = bytes(frame.payload)
+            delay = chance.uniform(0, 0.05) if kind == "late" else chance.uniform(0.3, 1)
+            threading.Timer(delay, self._send_late, [frame]).start()
+
+        def _send_late(self, frame: Any) -> None:
+            try:
+                self._link.send(frame)
+            except module.LinkError:
+                os.write(log, b"too late\n")
+
+    module.ExpertService._serve = lambda self, link: serve(self, Disorderly(link))
+
+
 _MUTANTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "retry": ("deepseek_ray.actors.request_session", retry_without_deduplication),
     "combine": ("deepseek_ray.actors.expert_client", combine_in_arrival_order),
     "poison": ("deepseek_ray.models.expert_store", crash_over_one_row),
+    "disorder": ("deepseek_ray.actors.expert_service", answers_late_twice_and_overtaken),
     "bad": ("deepseek_ray.models.expert_store", weights_go_bad),
     "shard": ("deepseek_ray.models.expert_store", answer_for_an_expert_that_is_not_held),
 }

@@ -150,7 +150,7 @@ def deployment_experts(name: str) -> dict[str, Any]:
 
 
 def change_deployment(name: str, command: str, *wish: Any, wait_seconds: float) -> dict[str, Any]:
-    """Give a deployment's router one of its commands (`scale`, `drain`, `rebalance`); returns the status afterwards.
+    """Give a deployment's router one of its commands (see `control/commands.py`); returns the status afterwards.
 
     Waits until the change is complete. DeploymentError: no such deployment, a wish that cannot be met, or a change that
     is not complete after `wait_seconds` (0: do not wait); it goes on then.

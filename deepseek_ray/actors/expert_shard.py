@@ -12,6 +12,7 @@ import torch
 from deepseek_ray.actors.expert_loader import ExpertLoader
 from deepseek_ray.actors.expert_service import ExpertService
 from deepseek_ray.actors.member import Member
+from deepseek_ray.actors.member_memory import memory_bytes
 from deepseek_ray.actors.member_metrics import export_shard
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
@@ -50,6 +51,8 @@ class ExpertShard:
             shared_files=config.packed_files,
             device=usable_device(config.expert_device),
         )
+        self._expert_bytes = 3 * reader.config.hidden_size * reader.config.moe_intermediate_size * self._dtype.itemsize
+        self._memory_bytes = memory_bytes(self._store.device, config.gpus_per_member)
         self._threads = threads
         self._loader = ExpertLoader(self._store, changed=self.report_now, measure=self._measure)
         self._service = ExpertService(self._listener, self._store, self._hidden_size)
@@ -82,6 +85,9 @@ class ExpertShard:
                 "pairs": self._service.num_pairs,
                 "compute_seconds": self._service.compute_seconds,
                 "seconds_per_expert": self._loader.measured,
+                "expert_bytes": self._expert_bytes,
+                "memory_bytes": self._memory_bytes,
+                "memory_is_own": float(self._store.device.type == "cuda"),
                 "experts_reloaded": self._service.num_reloaded,
             },
         )

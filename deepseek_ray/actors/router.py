@@ -35,7 +35,6 @@ from deepseek_ray.control.lease import Leases
 from deepseek_ray.control.membership import Membership
 from deepseek_ray.control.plan import Plan, Role, initial_plan
 from deepseek_ray.control.reports import Directive, MemberReport, WorkerView
-from deepseek_ray.control.speeds import relative_speeds
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel.load import ExpertLoad
 
@@ -148,6 +147,12 @@ class Router:
     async def rebalance(self, extra_replicas: int | None, min_replicas: int | None) -> dict[str, Any]:
         return await self._command(commands.rebalance, extra_replicas=extra_replicas, min_replicas=min_replicas)
 
+    async def replicate(self, layer: int, expert: int, shard: int) -> dict[str, Any]:
+        return await self._command(commands.replicate, layer=layer, expert=expert, shard=shard)
+
+    async def move(self, layer: int, expert: int, source: int, destination: int) -> dict[str, Any]:
+        return await self._command(commands.move, layer=layer, expert=expert, source=source, destination=destination)
+
     async def settled(self) -> bool:
         """Whether every change that was asked for has happened."""
         return self._membership.settled(time.monotonic())
@@ -177,10 +182,10 @@ class Router:
         In a thread: placing the experts of a large model takes seconds. If the plan has changed meanwhile - a shard was
         lost, say - the decision is made again.
         """
-        loads, speeds = self._load.loads(time.monotonic()), relative_speeds(self._membership.stats())
+        loads, figures = self._load.loads(time.monotonic()), self._membership.shard_figures()
         while True:
             plan = self._membership.plan
-            changed = await asyncio.to_thread(change, plan, loads=loads, speeds=speeds, **wish)
+            changed = await asyncio.to_thread(change, plan, loads=loads, figures=figures, **wish)
             if self._membership.plan is plan:
                 break
         self._membership.replan(changed, time.monotonic())

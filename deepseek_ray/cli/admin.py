@@ -25,7 +25,7 @@ def admin(
     name: Name = None,
     address: Address = None,
 ) -> None:
-    """Offer scale, drain, rebalance, status and experts of all deployments of a cluster over HTTP.
+    """Offer scale, drain, rebalance, replicate, move, status and experts of all deployments of a cluster over HTTP.
 
     It asks for a key of its own, never one of the model API's.
 

@@ -20,7 +20,7 @@ from deepseek_ray.cli.evaluate import evaluate
 from deepseek_ray.cli.experts import experts
 from deepseek_ray.cli.from_config import SeveralValuesCommand
 from deepseek_ray.cli.quickstart import quickstart
-from deepseek_ray.cli.scale import drain, rebalance, scale
+from deepseek_ray.cli.scale import drain, move, rebalance, replicate, scale
 from deepseek_ray.cli.serve import serve
 from deepseek_ray.cli.status import status
 from deepseek_ray.cli.tune import tune
@@ -53,6 +53,8 @@ app.command()(status)
 app.command()(scale)
 app.command()(drain)
 app.command()(rebalance)
+app.command()(replicate)
+app.command()(move)
 app.command()(experts)
 app.command()(admin)
 app.command()(chat)

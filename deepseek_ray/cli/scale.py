@@ -1,4 +1,4 @@
-"""`deepseek-ray scale`, `drain` and `rebalance`: changes of a deployment while it serves."""
+"""`deepseek-ray scale`, `drain`, `rebalance`, `replicate` and `move`: changes of a deployment while it serves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import typer
 from deepseek_ray.cli.running import Address, AsJson, Name, running_deployment
 from deepseek_ray.cli.status import show_status
 
+Layer = Annotated[int, typer.Argument(help="Decoder layer, as `deepseek-ray experts --json` numbers them.", min=0)]
+Expert = Annotated[int, typer.Argument(help="Routed expert of that layer.", min=0)]
 Wait = Annotated[float, typer.Option(help="Seconds to wait until the change is complete; 0 returns at once.", min=0)]
 
 
@@ -81,6 +83,45 @@ def rebalance(
       deepseek-ray rebalance --min-replicas 2
     """
     _change(name, address, wait, as_json, "rebalance", extra_replicas, min_replicas)
+
+
+def replicate(
+    layer: Layer,
+    expert: Expert,
+    shard: Annotated[int, typer.Argument(help="Expert shard that shall hold it as well.", min=0)],
+    name: Name = None,
+    address: Address = None,
+    wait: Wait = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """Put one more replica of an expert on a shard. The next rebalance may take it away again.
+
+    [bold]Examples[/bold]
+
+      deepseek-ray replicate 3 17 1
+
+      deepseek-ray replicate 3 17 1 --wait 0 --json
+    """
+    _change(name, address, wait, as_json, "replicate", layer, expert, shard)
+
+
+def move(
+    layer: Layer,
+    expert: Expert,
+    source: Annotated[int, typer.Argument(help="Expert shard that holds it.", min=0)],
+    destination: Annotated[int, typer.Argument(help="Expert shard that shall hold it instead.", min=0)],
+    name: Name = None,
+    address: Address = None,
+    wait: Wait = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """Move an expert from one shard to another: loaded there first, dropped here last.
+
+    [bold]Examples[/bold]
+
+      deepseek-ray move 3 17 0 1
+    """
+    _change(name, address, wait, as_json, "move", layer, expert, source, destination)
 
 
 def _change(name: str | None, address: str | None, wait: float, as_json: bool, command: str, *wish: Any) -> None:

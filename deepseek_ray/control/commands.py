@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,22 +13,20 @@ from deepseek_ray.control.plan import (
     Role,
     add_shards,
     add_workers,
-    capacities,
     drain_shard,
     drain_worker,
     require_drainable,
     with_placement,
 )
+from deepseek_ray.control.shard_figures import Figures, capacities
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel import rebalance as placements
-from deepseek_ray.expert_parallel.replicas import ShardCapacity
 
 Loads = Mapping[int, NDArray[np.float64]]
 """layer -> tokens of each expert lately [experts]; zeros where nothing is known."""
 
-Speeds = Mapping[int, float]
-"""shard -> speed beside the others; 1 where nothing is known. See `control/speeds.py`."""
-ALIKE: Speeds = MappingProxyType({})
+UNKNOWN: Figures = MappingProxyType({})
+"""Shards that have said nothing yet: all alike, with room for everything."""
 
 MAX_MEMBERS = 1024
 """Of a role, for one deployment."""
@@ -40,7 +37,7 @@ def scale(
     loads: Loads,
     workers: int | None = None,
     shards: int | None = None,
-    speeds: Speeds = ALIKE,
+    figures: Figures = UNKNOWN,
 ) -> Plan:
     """As many attention workers and expert shards as asked for; None leaves a number as it is.
 
@@ -52,11 +49,11 @@ def scale(
     if workers is not None:
         plan = _scale_workers(plan, workers)
     if shards is not None:
-        plan = _scale_shards(plan, shards, loads, speeds)
+        plan = _scale_shards(plan, shards, loads, figures)
     return plan
 
 
-def drain(plan: Plan, role: str, id: int, loads: Loads, speeds: Speeds = ALIKE) -> Plan:
+def drain(plan: Plan, role: str, id: int, loads: Loads, figures: Figures = UNKNOWN) -> Plan:
     """A member ends as soon as nothing needs it. DeploymentError: unknown, or the last of its role."""
     if role == "attention_worker":
         return drain_worker(plan, id)
@@ -66,7 +63,9 @@ def drain(plan: Plan, role: str, id: int, loads: Loads, speeds: Speeds = ALIKE) 
         return drain_shard(plan, id, plan.placement)
     require_drainable(plan, id)
     copies = min(plan.min_replicas, len(plan.shards) - 1)
-    change = placements.drain(plan.placement, _capacities(plan, speeds), id, _useful(loads), min_replicas=copies)
+    change = placements.drain(
+        plan.placement, capacities(plan.placement, plan.shards, figures), id, _useful(loads), min_replicas=copies
+    )
     return drain_shard(plan, id, change.placement)
 
 
@@ -75,7 +74,7 @@ def rebalance(
     loads: Loads,
     extra_replicas: int | None = None,
     min_replicas: int | None = None,
-    speeds: Speeds = ALIKE,
+    figures: Figures = UNKNOWN,
 ) -> Plan:
     """Experts where they make the busiest shard less busy, with few moves; see `expert_parallel/rebalance.py`.
 
@@ -84,27 +83,30 @@ def rebalance(
     extra = plan.extra_replicas if extra_replicas is None else extra_replicas
     copies = plan.min_replicas if min_replicas is None else min_replicas
     change = placements.rebalance(
-        plan.placement, _capacities(plan, speeds), _useful(loads), extra_replicas=extra, min_replicas=copies
+        plan.placement,
+        capacities(plan.placement, plan.shards, figures),
+        _useful(loads),
+        extra_replicas=extra,
+        min_replicas=copies,
     )
     if (extra, copies) != (plan.extra_replicas, plan.min_replicas):
         plan = plan.changed(extra_replicas=extra, min_replicas=copies)
     return with_placement(plan, change.placement)
 
 
-def replicate(plan: Plan, layer: int, expert: int, shard: int) -> Plan:
-    """One more replica of an expert."""
-    return with_placement(plan, placements.replicate(plan.placement, _capacities(plan), layer, expert, shard).placement)
+def replicate(plan: Plan, loads: Loads, layer: int, expert: int, shard: int, figures: Figures = UNKNOWN) -> Plan:
+    """One more replica of an expert. DeploymentError: the shard has no room for it."""
+    known = capacities(plan.placement, plan.shards, figures)
+    return with_placement(plan, placements.replicate(plan.placement, known, layer, expert, shard).placement)
 
 
-def move(plan: Plan, layer: int, expert: int, source: int, destination: int) -> Plan:
-    """A replica of an expert from one shard to another."""
-    change = placements.move(plan.placement, _capacities(plan), layer, expert, source, destination)
+def move(
+    plan: Plan, loads: Loads, layer: int, expert: int, source: int, destination: int, figures: Figures = UNKNOWN
+) -> Plan:
+    """A replica of an expert from one shard to another. DeploymentError: that one has no room for it."""
+    known = capacities(plan.placement, plan.shards, figures)
+    change = placements.move(plan.placement, known, layer, expert, source, destination)
     return with_placement(plan, change.placement)
-
-
-def _capacities(plan: Plan, speeds: Speeds = ALIKE) -> list[ShardCapacity]:
-    alike = capacities(plan.placement, plan.shards)
-    return [msgspec.structs.replace(shard, speed=speeds.get(shard.id, 1.0)) for shard in alike]
 
 
 def _scale_workers(plan: Plan, count: int) -> Plan:
@@ -115,15 +117,17 @@ def _scale_workers(plan: Plan, count: int) -> Plan:
     return plan
 
 
-def _scale_shards(plan: Plan, count: int, loads: Loads, speeds: Speeds) -> Plan:
+def _scale_shards(plan: Plan, count: int, loads: Loads, figures: Figures) -> Plan:
     if count > len(plan.shards):
         plan = add_shards(plan, count - len(plan.shards))
         new = [id for id in plan.shards if not any(id in shards for e in plan.placement.values() for shards in e)]
-        change = placements.spread(plan.placement, _capacities(plan, speeds), new, _useful(loads))
+        change = placements.spread(
+            plan.placement, capacities(plan.placement, plan.shards, figures), new, _useful(loads)
+        )
         return with_placement(plan, change.placement)
     role: Role = "expert_shard"
     for shard in _youngest(plan.shards, len(plan.shards) - count):
-        plan = drain(plan, role, shard, loads, speeds)
+        plan = drain(plan, role, shard, loads, figures)
     return plan
 
 

@@ -15,6 +15,7 @@ from deepseek_ray.control.peers import next_in_ring
 from deepseek_ray.control.plan import Plan, Role, take_over, without_member
 from deepseek_ray.control.reports import Directive, MemberReport, MemberState, ShardAddress, WorkerView
 from deepseek_ray.control.routes import held_by, published_placement, unreachable_experts
+from deepseek_ray.control.shard_figures import ShardFigures
 from deepseek_ray.expert_parallel.placement import Placement, experts_of_shard
 from deepseek_ray.expert_parallel.table import RoutingTable
 
@@ -177,6 +178,22 @@ class Membership:
     def stats(self) -> dict[str, dict[str, float]]:
         """`role/id` -> the figures that member reported last."""
         return {f"{role}/{id}": member.report.stats for (role, id), member in sorted(self._members.items())}
+
+    def shard_figures(self) -> dict[int, ShardFigures]:
+        """What each shard said of itself last. Machine memory is named by the node."""
+        return {
+            id: ShardFigures(
+                seconds_per_expert=stats.get("seconds_per_expert", 0.0),
+                expert_bytes=stats.get("expert_bytes", 0.0),
+                memory_bytes=stats.get("memory_bytes", 0.0),
+                memory=f"shard {id}" if stats.get("memory_is_own") else node,
+            )
+            for id, node, stats in (
+                (id, member.report.node_id, member.report.stats)
+                for (role, id), member in self._members.items()
+                if role == "expert_shard"
+            )
+        }
 
     def _direct_shard(self, report: MemberReport, now: float) -> Directive:
         held = held_by(report.id, self._wanted_of(report.id), self._published, report.held, self._settled(now))

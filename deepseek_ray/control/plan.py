@@ -10,10 +10,10 @@ from typing import Literal
 import msgspec
 
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.control.shard_figures import capacities
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel.placement import Placement, contiguous_placement
 from deepseek_ray.expert_parallel.rebalance import rebalance
-from deepseek_ray.expert_parallel.replicas import ShardCapacity
 
 Role = Literal["router", "attention_worker", "expert_shard"]
 
@@ -64,7 +64,7 @@ def initial_plan(moe_layers: Sequence[int], num_experts: int, config: Deployment
     placement = contiguous_placement(moe_layers, num_experts, range(shards))
     if config.expert_replicas > 1 and placement:
         placement = rebalance(
-            placement, capacities(placement, range(shards)), min_replicas=config.expert_replicas
+            placement, capacities(placement, range(shards), {}), min_replicas=config.expert_replicas
         ).placement
     return Plan(
         min_replicas=config.expert_replicas,
@@ -76,12 +76,6 @@ def initial_plan(moe_layers: Sequence[int], num_experts: int, config: Deployment
         next_shard=shards + standbys,
         placement=placement,
     )
-
-
-def capacities(placement: Placement, shards: Sequence[int]) -> list[ShardCapacity]:
-    """What each shard can take if all are alike: room for every expert."""
-    everything = sum(len(experts) for experts in placement.values())
-    return [ShardCapacity(id, speed=1.0, slots=everything) for id in shards]
 
 
 def with_placement(plan: Plan, placement: Placement) -> Plan:

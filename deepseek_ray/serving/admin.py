@@ -48,6 +48,19 @@ class Rebalance(_Change):
     min_replicas: int | None = None
 
 
+class Replicate(_Change):
+    layer: int
+    expert: int
+    shard: int
+
+
+class Move(_Change):
+    layer: int
+    expert: int
+    source: int
+    destination: int
+
+
 def admin_app(keys: ApiKeys) -> FastAPI:
     """The application. `keys` are this API's own; every path but /health asks for one."""
 
@@ -87,6 +100,14 @@ def admin_app(keys: ApiKeys) -> FastAPI:
     @app.post("/deployments/{name}/rebalance", status_code=202)
     def rebalance(name: str, wish: Rebalance) -> dict[str, Any]:
         return _change(name, "rebalance", wish, wish.extra_replicas, wish.min_replicas)
+
+    @app.post("/deployments/{name}/replicate", status_code=202)
+    def replicate(name: str, wish: Replicate) -> dict[str, Any]:
+        return _change(name, "replicate", wish, wish.layer, wish.expert, wish.shard)
+
+    @app.post("/deployments/{name}/move", status_code=202)
+    def move(name: str, wish: Move) -> dict[str, Any]:
+        return _change(name, "move", wish, wish.layer, wish.expert, wish.source, wish.destination)
 
     return app
 

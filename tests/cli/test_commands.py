@@ -25,6 +25,8 @@ COMMANDS = [
     "scale",
     "drain",
     "rebalance",
+    "replicate",
+    "move",
     "experts",
     "chat",
     "complete",
@@ -159,7 +161,14 @@ def test_status_without_a_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["scale", "--expert-shards", "3"], ["drain", "expert_shard", "1"], ["rebalance"], ["experts"]]
+    "arguments",
+    [
+        ["scale", "--expert-shards", "3"],
+        ["drain", "expert_shard", "1"],
+        ["rebalance"],
+        ["move", "1", "0", "0", "1"],
+        ["experts"],
+    ],
 )
 def test_changes_without_a_server(tmp_path: Path, arguments: list[str]) -> None:
     refused(run(*arguments, XDG_RUNTIME_DIR=str(tmp_path)), "no server of any deployment runs here", "--address")

@@ -11,6 +11,7 @@ import pytest
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.control import commands
 from deepseek_ray.control.plan import Plan, initial_plan, take_over, with_placement, without_member
+from deepseek_ray.control.shard_figures import EXPERTS_SHARE, ShardFigures
 from deepseek_ray.errors import ConfigError, DeploymentError
 from deepseek_ray.expert_parallel.placement import experts_of_shard
 
@@ -143,19 +144,41 @@ def test_rebalancing_follows_the_load() -> None:
 
 def test_a_slow_shard_gets_less_to_do() -> None:
     even = {layer: np.ones(8) for layer in plan().placement}
-    moved = commands.rebalance(plan(), even, speeds={0: 1.0, 1: 1 / 3})
+    slow = {0: ShardFigures(seconds_per_expert=1.0), 1: ShardFigures(seconds_per_expert=3.0)}
+    moved = commands.rebalance(plan(), even, figures=slow)
     for experts in moved.placement.values():
         assert sum(shards == (0,) for shards in experts) == 6, "three times the speed, three times the experts"
-    assert commands.rebalance(plan(), even, speeds={0: 2.0, 1: 2.0}) == plan()
+    alike = {shard: ShardFigures(seconds_per_expert=2.0) for shard in (0, 1)}
+    assert commands.rebalance(plan(), even, figures=alike) == plan()
+
+
+def test_a_shard_takes_no_more_than_its_memory_holds() -> None:
+    """Of 16 experts each of two shards holds 8; one has room for two more."""
+
+    def own(slots: int) -> ShardFigures:
+        return ShardFigures(expert_bytes=1.0, memory_bytes=(slots + 0.5) / EXPERTS_SHARE, memory=str(slots))
+
+    figures = {0: own(100), 1: own(10)}
+    twice = commands.rebalance(plan(), NO_LOADS, min_replicas=2, figures=figures)
+    assert {shard: sum(layers) for shard, layers in counts(twice).items()} == {0: 16, 1: 10}
+    with pytest.raises(DeploymentError, match="shard 1 holds 10 experts and has 10 slots"):
+        commands.replicate(twice, NO_LOADS, *_held_by_one(twice), 1, figures=figures)
+
+
+def _held_by_one(plan: Plan) -> tuple[int, int]:
+    """A layer and an expert of it that only shard 0 holds."""
+    return next(
+        (layer, e) for layer, experts in plan.placement.items() for e, shards in enumerate(experts) if shards == (0,)
+    )
 
 
 def test_single_experts_are_moved_and_replicated() -> None:
-    both = commands.replicate(plan(), 1, 0, 1)
+    both = commands.replicate(plan(), NO_LOADS, 1, 0, 1)
     assert both.placement[1][0] == (0, 1)
-    moved = commands.move(plan(), 1, 0, 0, 1)
+    moved = commands.move(plan(), NO_LOADS, 1, 0, 0, 1)
     assert moved.placement[1][0] == (1,)
     with pytest.raises(DeploymentError, match="shard 1 does not hold expert 0 of layer 1"):
-        commands.move(plan(), 1, 0, 1, 0)
+        commands.move(plan(), NO_LOADS, 1, 0, 1, 0)
 
 
 def test_a_standby_takes_over_and_the_lost_one_becomes_the_standby() -> None:

@@ -86,6 +86,30 @@ def test_a_drained_shard_is_empty_before_it_ends(backend: ActorsBackend, expecte
     change(backend, "scale", None, 2)
 
 
+def test_a_single_expert_is_replicated_and_moved(backend: ActorsBackend, expected: dict[int, list[int]]) -> None:
+    first, second = ids(backend, "expert_shard")
+    layer, expert = next(
+        (layer, own["expert"])
+        for layer, experts in deployment_experts(backend.deployment.name)["layers"].items()
+        for own in experts
+        if own["shards"] == [first]
+    )
+
+    def holders() -> list[int]:
+        return deployment_experts(backend.deployment.name)["layers"][layer][expert]["shards"]
+
+    watched = Watched(backend, "copy", lambda: change(backend, "replicate", layer, expert, second))
+    assert_unharmed(watched, expected)
+    assert holders() == [first, second]
+    with pytest.raises(DeploymentError, match=f"shard {second} already holds expert {expert}"):
+        change(backend, "move", layer, expert, first, second)
+    change(backend, "rebalance", 0, 1)
+    (source,) = holders()
+    watched = Watched(backend, "move", lambda: change(backend, "move", layer, expert, source, first + second - source))
+    assert_unharmed(watched, expected)
+    assert holders() == [first + second - source]
+
+
 def test_with_two_replicas_a_killed_shard_costs_nothing(backend: ActorsBackend, expected: dict[int, list[int]]) -> None:
     watched = Watched(backend, "replicate", lambda: change(backend, "rebalance", 0, 2))
     assert_unharmed(watched, expected)

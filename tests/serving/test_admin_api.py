@@ -64,6 +64,14 @@ def test_a_deployment_is_shown_and_changed(admin: httpx.Client, backend: ActorsB
     assert done.status_code == 202, done.text
     layers = admin.get(f"/deployments/{name}/experts").json()["layers"]
     assert all(expert["shards"] == [0, 1] for experts in layers.values() for expert in experts)
+    done = admin.post(f"/deployments/{name}/rebalance", json={"min_replicas": 1, "wait_seconds": 120})
+    first = admin.get(f"/deployments/{name}/experts").json()["layers"]["1"][0]["shards"][0]
+    wish = {"layer": 1, "expert": 0, "source": first, "destination": 1 - first, "wait_seconds": 120}
+    assert admin.post(f"/deployments/{name}/move", json=wish).status_code == 202
+    assert admin.get(f"/deployments/{name}/experts").json()["layers"]["1"][0]["shards"] == [1 - first]
+    wish = {"layer": 1, "expert": 0, "shard": first, "wait_seconds": 120}
+    assert admin.post(f"/deployments/{name}/replicate", json=wish).status_code == 202
+    assert admin.get(f"/deployments/{name}/experts").json()["layers"]["1"][0]["shards"] == [0, 1]
     done = admin.post(f"/deployments/{name}/drain", json={"role": "expert_shard", "id": 1, "wait_seconds": 120})
     assert [row["id"] for row in done.json()["actors"] if row["role"] == "expert_shard"] == [0]
 
@@ -78,6 +86,8 @@ def test_a_deployment_is_shown_and_changed(admin: httpx.Client, backend: ActorsB
         ("drain", {"role": "router", "id": 0}, 400, "role: Input should be 'attention_worker' or 'expert_shard'"),
         ("drain", {"role": "attention_worker", "id": 0}, 409, "attention worker 0 is the only one"),
         ("rebalance", {"min_replicas": 0}, 409, "0 replicas of each expert"),
+        ("replicate", {"layer": 99, "expert": 0, "shard": 0}, 409, "layer 99 has no routed experts"),
+        ("move", {"layer": 1, "expert": 0, "source": 0}, 400, "destination: Field required"),
         ("rebalance", {"wait_seconds": 1e9}, 400, "wait_seconds: Input should be less than or equal to 600"),
     ],
 )

@@ -12,6 +12,9 @@ from deepseek_ray.models.expert_store import ExpertStore
 
 logger = logging.getLogger(__name__)
 
+_AHEAD_SECONDS = 1.0
+"""How often a standby looks for experts that others have packed."""
+
 Held = Mapping[int, Sequence[int]]
 """layer -> logical experts."""
 
@@ -23,9 +26,17 @@ class ExpertLoader:
     """
 
     def __init__(
-        self, store: ExpertStore, changed: Callable[[], None], measure: Callable[[], float] = lambda: 0.0
+        self,
+        store: ExpertStore,
+        changed: Callable[[], None],
+        measure: Callable[[], float] = lambda: 0.0,
+        ahead_bytes: float = 0.0,
     ) -> None:
-        """`measure` is called in the thread once there are experts; its result is `measured`, until then 0."""
+        """`measure` is called in the thread once there are experts; its result is `measured`, until then 0.
+
+        `ahead_bytes`: while it holds none, how much to map ahead of what others have packed.
+        """
+        self._ahead_bytes = ahead_bytes
         self._store = store
         self._measure = measure
         self.measured = 0.0
@@ -48,10 +59,7 @@ class ExpertLoader:
     def _run(self) -> None:
         torch.set_num_threads(1)  # of this thread: packing must not take the cores from the calls
         while True:
-            with self._news:
-                self._news.wait_for(lambda: self._target is not self._done)
-                target = self._target
-            assert target is not None
+            target = self._next_target()
             try:
                 if not self._approach(target):
                     continue
@@ -64,6 +72,16 @@ class ExpertLoader:
             if not self.measured:  # after the news: whoever waits for these experts does not wait for this
                 self.measured = self._measure()
 
+    def _next_target(self) -> Held:
+        """Waits for one; meanwhile a process without experts prepares to stand in for another."""
+        while True:
+            with self._news:
+                if self._news.wait_for(lambda: self._target is not self._done, _AHEAD_SECONDS):
+                    assert self._target is not None
+                    return self._target
+            if self.has_loaded and not self._store.held:
+                self._store.map_ahead(self._ahead_bytes)
+
     def _approach(self, target: Held) -> bool:
         """False when another target came in between."""
         for layer, experts in target.items():
@@ -74,4 +92,5 @@ class ExpertLoader:
         for layer, experts in self._store.held.items():
             for expert in set(experts) - set(target.get(layer, ())):
                 self._store.drop(layer, expert)
+        self._store.forget_ahead()
         return True

@@ -17,6 +17,7 @@ from deepseek_ray.actors.member_metrics import export_shard
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.control.reports import Directive, MemberReport, MemberState
+from deepseek_ray.control.shard_figures import EXPERTS_SHARE
 from deepseek_ray.kernels.select import select_kernels, usable_device
 from deepseek_ray.links.connect import listen
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -54,7 +55,12 @@ class ExpertShard:
         self._expert_bytes = 3 * reader.config.hidden_size * reader.config.moe_intermediate_size * self._dtype.itemsize
         self._memory_bytes = memory_bytes(self._store.device, config.gpus_per_member)
         self._threads = threads
-        self._loader = ExpertLoader(self._store, changed=self.report_now, measure=self._measure)
+        self._loader = ExpertLoader(
+            self._store,
+            changed=self.report_now,
+            measure=self._measure,
+            ahead_bytes=EXPERTS_SHARE * self._memory_bytes if self._store.device.type == "cpu" else 0,
+        )
         self._service = ExpertService(self._listener, self._store, self._hidden_size)
         self._service.start()
         exporter = MetricsExporter(model_name=record.description.served_model_name, shard=str(id))

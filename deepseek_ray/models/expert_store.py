@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
-from deepseek_ray.models.packed_files import PackedExpert, PackedFiles
+from deepseek_ray.models.packed_files import PackedExpert, PackedFiles, bring_into_memory
 from deepseek_ray.nn.moe import ExpertBackend
 
 
@@ -42,6 +43,7 @@ class ExpertStore:
         self._dtype = dtype
         self.device = torch.device(device)
         self._layers: dict[int, dict[int, PackedExpert]] = {}
+        self._ahead: dict[tuple[int, int], PackedExpert] = {}
         self._changing = threading.Lock()
         layout = self.kernels.layout
         self._files = PackedFiles(reader, layout, dtype) if shared_files and layout else None
@@ -64,11 +66,31 @@ class ExpertStore:
         if not self.holds(layer, expert):
             self._put(layer, expert, self._read(layer, expert))
 
+    def map_ahead(self, most_bytes: float) -> None:
+        """Map the packed files that others have written for experts that are not here, so that `load` finds them mapped
+        and in memory; up to `most_bytes`. Called again, it takes those that were written meanwhile."""
+        if self._files is None:
+            return
+        room = most_bytes - sum(packed.nbytes for packed in self._ahead.values())
+        config = self._reader.config
+        for key in itertools.product(config.moe_layers, range(config.n_routed_experts)):
+            if key in self._ahead or self.holds(*key) or (packed := self._files.read(*key)) is None:
+                continue
+            if (room := room - packed.nbytes) < 0:
+                return
+            bring_into_memory(packed)
+            self._ahead[key] = packed
+
+    def forget_ahead(self) -> None:
+        """Unmap what was mapped ahead and is not here."""
+        self._ahead = {}
+
     def reload(self, layer: int, expert: int) -> None:
         """Read and pack one expert anew, if it is here: its weights in memory are not to be trusted."""
         if self.holds(layer, expert):
             if self._files is not None:
                 self._files.forget(layer, expert)
+                self._ahead.pop((layer, expert), None)
             self._put(layer, expert, self._read(layer, expert))
 
     def drop(self, layer: int, expert: int) -> None:
@@ -79,7 +101,7 @@ class ExpertStore:
     def _read(self, layer: int, expert: int) -> PackedExpert:
         if self._files is None:
             return self._pack(layer, expert)
-        if (mapped := self._files.read(layer, expert)) is not None:
+        if (mapped := self._ahead.pop((layer, expert), None) or self._files.read(layer, expert)) is not None:
             return mapped
         packed = self._pack(layer, expert)
         self._files.write(layer, expert, packed)

@@ -55,6 +55,25 @@ def test_mapped_experts_give_the_bits_of_packed_ones(model: Path, cache: Path, d
     assert torch.equal(rows(store(model, dtype), dtype), expected), "mapped"
 
 
+def test_what_was_mapped_ahead_is_there_when_it_is_wanted(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = rows(store(model))
+    standby = ExpertStore(CheckpointReader(model), {}, torch.float32, shared_files=True)
+    (size,) = {path.stat().st_size for path in files(cache)}
+    standby.map_ahead(most_bytes=1.5 * size)
+    standby.map_ahead(most_bytes=1.5 * size)
+    shutil.rmtree(cache)
+    monkeypatch.setattr(CheckpointReader, "tensor", lambda *arguments: pytest.fail("a tensor was read"))
+    standby.load(1, 2)
+    with pytest.raises(pytest.fail.Exception, match="a tensor was read"):
+        standby.load(1, 5)  # beyond what was allowed
+    assert standby.held == {1: [2]}
+    monkeypatch.undo()
+    standby.load(1, 5)
+    assert torch.equal(rows(standby), expected)
+
+
 def test_a_second_store_reads_no_tensor(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(model)
     monkeypatch.setattr(CheckpointReader, "tensor", lambda *arguments: pytest.fail("a tensor was read"))

@@ -1,4 +1,4 @@
-"""The C++ operators of `rows.cpp`, built at first use and called through ctypes."""
+"""The C++ operators of `cpp/`, built at first use and called through ctypes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek_ray.errors import DeepSeekRayError
 from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
 
-_SOURCE = Path(__file__).with_name("rows.cpp")
+_SOURCES = Path(__file__).with_name("cpp")
 # No contraction: a multiply-add is fused exactly where the source says so, in every template instance and loop tail.
 _FLAGS = [
     *["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
@@ -29,7 +29,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class KernelBuildError(DeepSeekRayError):
-    """There is no C++ compiler, or it refused rows.cpp. The torch operators serve instead, slower."""
+    """There is no C++ compiler, or it refused ours. The torch operators serve instead, slower."""
 
 
 def cache_directory() -> Path:
@@ -48,15 +48,19 @@ def load_library() -> ctypes.CDLL:
         raise KernelBuildError(
             "no C++ compiler found (looked for $CXX, g++, clang++, c++); install g++ for fast kernels"
         )
-    library = cache_directory() / "kernels" / f"rows-{_build_key(compiler)}.so"
-    if not library.exists():
-        _build(compiler, library)
-    return ctypes.CDLL(str(library))
+    path = cache_directory() / "kernels" / f"rows-{_build_key(compiler)}.so"
+    if not path.exists():
+        _build(compiler, path)
+    library = ctypes.CDLL(str(path))
+    library.dr_check()
+    return library
 
 
 def _build_key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.read_bytes())
     digest.update("\n".join([*_FLAGS, version, torch.__version__, _cpu_flags()]).encode())
     return digest.hexdigest()[:16]
 
@@ -77,11 +81,14 @@ def _build(compiler: str, library: Path) -> None:
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *_FLAGS, str(_SOURCE), "-o", scratch], capture_output=True, text=True, check=False
+            [compiler, *_FLAGS, *map(str, sorted(_SOURCES.glob("*.cpp"))), "-o", scratch],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise KernelBuildError(
-                f"{compiler} could not build rows.cpp (exit {done.returncode}): {done.stderr[-500:]}"
+                f"{compiler} could not build the kernels (exit {done.returncode}): {done.stderr[-500:]}"
             )
         os.replace(scratch, library)
     finally:
@@ -89,23 +96,30 @@ def _build(compiler: str, library: Path) -> None:
 
 
 class NativeKernels(Kernels):
-    """Row-invariant C++ on the CPU. Packed weights are `[groups, ceil(N/16), K, 16]`, zero padded."""
+    """Row-invariant C++ on the CPU. Packed weights are as `cpp/linear.cpp` says."""
 
     name = "native C++"
-    layout = f"blocks of {_LANES} outputs, inputs, {_LANES} lanes"
+    layout = f"blocks of {_LANES} outputs, inputs in units of 4 bytes"
 
     def __init__(self) -> None:
         self._library = load_library()
 
     def pack(self, weights: Sequence[Tensor]) -> PackedWeight:
         num_out, num_in = weights[0].shape
-        blocks = -(-num_out // _LANES)
-        data = torch.zeros(len(weights), blocks, num_in, _LANES, dtype=weights[0].dtype)
-        full = num_out // _LANES
-        for group, weight in enumerate(weights):
-            data[group, :full] = weight[: full * _LANES].view(full, _LANES, num_in).transpose(1, 2)
-            if full < blocks:
-                data[group, full, :, : num_out - full * _LANES] = weight[full * _LANES :].T
+        dtype = weights[0].dtype
+        blocks, inputs = -(-num_out // _LANES), -(-num_in * dtype.itemsize // 4) * 4 // dtype.itemsize
+        data = torch.empty(len(weights), blocks * inputs * _LANES, dtype=dtype)
+        for packed, weight in zip(data, weights, strict=True):
+            assert weight.shape == (num_out, num_in) and weight.stride(1) == 1, (weight.shape, weight.stride())
+            self._library.dr_pack(
+                ctypes.c_void_p(weight.data_ptr()),
+                ctypes.c_int64(weight.stride(0)),
+                _DTYPES[dtype],
+                ctypes.c_int64(num_out),
+                ctypes.c_int64(num_in),
+                ctypes.c_void_p(packed.data_ptr()),
+                torch.get_num_threads(),
+            )
         return PackedWeight(data, len(weights), num_out, num_in)
 
     def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -168,6 +182,7 @@ class NativeKernels(Kernels):
             _DTYPES[x.dtype],
             (ctypes.c_void_p * count)(*weight_pointers),
             _DTYPES[like.dtype],
+            None,
             (ctypes.c_void_p * count)(*out_pointers),
             ctypes.c_int64(out.stride(0)),
             _DTYPES[out.dtype],

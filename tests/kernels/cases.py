@@ -17,16 +17,17 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
 
 
-def paged_case(dtype: torch.dtype, tokens: int, seed: int = 0) -> dict[str, Any]:
-    """Two sequences whose blocks are scattered and interleaved in the cache."""
+def paged_case(dtype: torch.dtype, tokens: int, longest: int = 16, seed: int = 0) -> dict[str, Any]:
+    """Two sequences whose blocks are scattered and interleaved in the cache; contexts of 1 to `longest` positions."""
     block_size, width = 4, 40
-    tables = torch.tensor([[5, 1, 7, 2], [0, 6, 3, 4]], dtype=torch.int32)
+    blocks = -(-longest // block_size)
+    tables = torch.randperm(2 * blocks, generator=torch.Generator().manual_seed(7)).to(torch.int32).view(2, blocks)
     return {
         "query": random(tokens, 6, width, seed=seed),
-        "cache": random(8 * block_size, width, dtype=dtype, seed=3),
+        "cache": random(2 * blocks * block_size, width, dtype=dtype, seed=3),
         "block_tables": tables,
         "sequence_rows": torch.arange(tokens, dtype=torch.int32) % 2,
-        "positions": torch.arange(tokens) * 5 % 16,
+        "positions": torch.linspace(0, longest - 1, tokens).long(),
         "block_size": block_size,
         "value_width": 32,
         "scale": 0.3,

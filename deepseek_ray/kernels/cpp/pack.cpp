@@ -1,0 +1,42 @@
+// Weights [N, K] into the layout of linear.cpp.
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kTogether = 16;  // units of a row that are read at once: a line of the cache
+
+// A unit is what lies together in the packed weight: one float32, or two bfloat16 beside each other.
+inline uint32_t unit(const char* row, int64_t u, int32_t dtype, int64_t K) {
+    uint32_t bits = 0;
+    const int64_t size = dtype == kFloat32 ? 4 : std::min<int64_t>(4, 2 * K - 4 * u);
+    std::memcpy(&bits, row + 4 * u, size_t(size));
+    return bits;
+}
+
+}  // namespace
+
+extern "C" {
+
+// out: [ceil(N/16)][ceil(K/step)][16] units of 4 bytes. The rows of `weight` are `stride` elements apart.
+void dr_pack(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, uint32_t* out, int32_t threads) {
+    const int64_t units = dtype == kFloat32 ? K : (K + 1) / 2, blocks = (N + kLanes - 1) / kLanes;
+#pragma omp parallel for schedule(static) num_threads(threads) if (N * K > kSmallWork)
+    for (int64_t b = 0; b < blocks; ++b) {
+        uint32_t* to = out + b * units * kLanes;
+        for (int64_t begin = 0; begin < units; begin += kTogether) {
+            const int64_t end = std::min(units, begin + kTogether);
+            for (int64_t i = 0; i < kLanes; ++i) {
+                const int64_t row = b * kLanes + i;
+                const char* from = at(weight, row * stride, dtype);
+                if (row < N && (end < units || K % 2 == 0 || dtype == kFloat32)) {
+                    for (int64_t u = begin; u < end; ++u) std::memcpy(to + u * kLanes + i, from + 4 * u, 4);
+                } else {
+                    for (int64_t u = begin; u < end; ++u) to[u * kLanes + i] = row < N ? unit(from, u, dtype, K) : 0;
+                }
+            }
+        }
+    }
+}
+
+}  // extern "C"

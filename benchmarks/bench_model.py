@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.data.tokenizer_training import save_tokenizer, train_tokenizer
 from deepseek_ray.models.save import save_checkpoint
 from deepseek_ray.models.shapes import parameter_shapes
 
@@ -39,11 +41,14 @@ BENCH_MINI = ModelConfig.parse(
 
 
 def bench_mini_dir(root: Path = Path(".cache/bench")) -> Path:
-    """The checkpoint (5.1 GB), written at the first call; it has no tokenizer, prompts are token ids."""
+    """The checkpoint (5.1 GB) and a tokenizer of the standard library's source, written at the first call."""
     directory = root / "bench-mini"
     if not (directory / "config.json").exists():
         print(f"writing bench-mini ({BENCH_MINI.num_parameters / 1e9:.2f} B parameters) to {directory} ...", flush=True)
         save_checkpoint(directory, BENCH_MINI, _random_tensors())
+    if not (directory / "tokenizer.json").exists():
+        texts = (path.read_text(errors="ignore") for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")))
+        save_tokenizer(train_tokenizer(texts, BENCH_MINI.vocab_size), directory)
     return directory
 
 

@@ -59,6 +59,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         seed: int = 0,
         deterministic: bool = True,
+        quantization: str | None = None,
         attention_device: str = "cpu",
         expert_device: str = "cpu",
     ) -> None:
@@ -67,6 +68,7 @@ class LLM:
         `attention_workers` and `expert_shards` count for `backend="actors"`. `threads`: cores the whole engine may use.
         `seed` decides the samples of requests that bring no seed: the same calls give the same outputs.
         `deterministic`: the output does not depend on the batch, the shards or a failure; False is torch's own speed.
+        `quantization`: "int8" keeps experts and linear layers in half the memory of bfloat16, read in half the time.
         `attention_device`, `expert_device`: "cpu" or "cuda", each for itself; "cuda" needs `deterministic=False`.
         """
         self._backend: OfflineBackend | None = None
@@ -81,6 +83,7 @@ class LLM:
         values = {
             "model_dir": str(model_dir),
             "dtype": dtype,
+            "quantization": quantization,
             "attention_device": attention_device,
             "expert_device": expert_device,
             "attention_workers": attention_workers,

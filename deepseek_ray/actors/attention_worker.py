@@ -85,7 +85,9 @@ class AttentionWorker:
             reader = CheckpointReader(Path(self._config.model_dir))
             kernels = select_kernels(self._config.engine.deterministic)
             dtype, device = getattr(torch, self._config.dtype), usable_device(self._config.attention_device)
-            decoder = PagedDecoder(reader, dtype, self._experts, kernels, device=device)
+            decoder = PagedDecoder(
+                reader, dtype, self._experts, kernels, device=device, quantization=self._config.quantization
+            )
             engine = Engine(decoder, tokenizer_beside(self._config.model_dir), self._config.engine)
             if engine.grammars:
                 with contextlib.suppress(RequestError):  # said to whoever asks for a structured output

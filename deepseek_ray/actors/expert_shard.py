@@ -51,8 +51,10 @@ class ExpertShard:
             select_kernels(config.engine.deterministic),
             shared_files=config.packed_files,
             device=usable_device(config.expert_device),
+            quantization=config.quantization,
         )
-        self._expert_bytes = 3 * reader.config.hidden_size * reader.config.moe_intermediate_size * self._dtype.itemsize
+        weights = 3 * reader.config.hidden_size * reader.config.moe_intermediate_size
+        self._expert_bytes = weights * (1 if config.quantization else self._dtype.itemsize)
         self._memory_bytes = memory_bytes(self._store.device, config.gpus_per_member)
         self._threads = threads
         self._loader = ExpertLoader(

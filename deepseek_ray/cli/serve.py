@@ -54,6 +54,10 @@ def serve(
         bool, typer.Option(help="The same output whatever the batch and the failures; off takes torch's operators.")
     ] = EngineConfig.model_fields["deterministic"].default,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _default("dtype"),
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="int8: experts and linear layers in half of bfloat16's memory.", show_default="none"),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     served_model_name: Annotated[
@@ -107,6 +111,7 @@ def serve(
             "model_dir": str(model_dir.absolute()),
             "served_model_name": served_model_name,
             "dtype": dtype,
+            "quantization": quantization,
             "attention_workers": attention_workers,
             "expert_shards": expert_shards,
             "expert_replicas": expert_replicas,

@@ -55,10 +55,10 @@ class LocalBackend(OfflineBackend):
             torch.set_num_threads(config.threads)
         every_expert = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
         kernels = select_kernels(config.engine.deterministic)
-        store = ExpertStore(reader, every_expert, dtype, kernels, device=usable_device(config.expert_device))
-        decoder = PagedDecoder(
-            reader, dtype, LocalExperts(store), kernels, device=usable_device(config.attention_device)
-        )
+        attention_device, expert_device = usable_device(config.attention_device), usable_device(config.expert_device)
+        bits = config.quantization
+        store = ExpertStore(reader, every_expert, dtype, kernels, device=expert_device, quantization=bits)
+        decoder = PagedDecoder(reader, dtype, LocalExperts(store), kernels, device=attention_device, quantization=bits)
         self._engine: Engine | None = Engine(decoder, self.tokenizer, config.engine)
         self.vocab_size = self._engine.vocab_size
         self.max_model_len = self._engine.max_model_len

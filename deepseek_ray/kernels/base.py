@@ -16,24 +16,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deepseek_ray.kernels.quantize import Quantization
+
 ScoreKind = Literal["sigmoid", "softmax"]
 
 
 class PackedWeight:
-    """Weights of `groups` linear layers of one shape `[N, K]`, in the layout one implementation wants."""
+    """Weights of `groups` linear layers of one shape `[N, K]`, in the layout one implementation wants.
 
-    def __init__(self, data: Tensor, groups: int, num_out: int, num_in: int) -> None:
+    With `scales` (float32, one per output and group) the data are integers, and a sum is multiplied by its output's.
+    """
+
+    def __init__(self, data: Tensor, groups: int, num_out: int, num_in: int, scales: Tensor | None = None) -> None:
         self.data = data
         self.groups = groups
         self.num_out = num_out
         self.num_in = num_in
+        self.scales = scales
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
+    def parts(self) -> list[Tensor]:
+        """Everything it holds."""
+        return [self.data] if self.scales is None else [self.data, self.scales]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
     def to(self, device: torch.device) -> PackedWeight:
-        return PackedWeight(self.data.to(device), self.groups, self.num_out, self.num_in)
+        data, *scales = (part.to(device) for part in self.parts)
+        return PackedWeight(data, self.groups, self.num_out, self.num_in, *scales)
 
 
 class Kernels(ABC):
@@ -44,8 +56,11 @@ class Kernels(ABC):
     """Name of the layout of packed weights, the same for the same bytes; None keeps them out of files."""
 
     @abstractmethod
-    def pack(self, weights: Sequence[Tensor]) -> PackedWeight:
-        """Weights, each `[N, K]` in float32 or bfloat16 and of one shape, into this implementation's layout."""
+    def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:
+        """Weights, each `[N, K]` in float32 or bfloat16 and of one shape, into this implementation's layout.
+
+        With `quantization` as integers with scales, see `kernels/quantize.py`.
+        """
 
     @abstractmethod
     def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:

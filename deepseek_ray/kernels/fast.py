@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
+from deepseek_ray.kernels.quantize import Quantization
+from deepseek_ray.kernels.reference import matrices, pack_plainly
 
 
 class FastKernels(Kernels):
@@ -20,20 +22,20 @@ class FastKernels(Kernels):
     name = "torch, whole batches"
     layout = "outputs, inputs"
 
-    def pack(self, weights: Sequence[Tensor]) -> PackedWeight:
-        data = torch.stack([weight.contiguous() for weight in weights])
-        return PackedWeight(data, len(weights), data.shape[1], data.shape[2])
+    def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:
+        return pack_plainly(weights, quantization)
 
     def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-        return F.linear(x.to(weight.dtype), _matrices(weight)[0]).to(out_dtype or x.dtype)
+        return _product(x, weight).to(out_dtype or x.dtype)
 
     def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-        heads = torch.bmm(x.to(weight.dtype).transpose(0, 1), _matrices(weight).transpose(1, 2))
+        assert weight.scales is None, "heads are not quantised"
+        heads = torch.bmm(x.to(weight.data.dtype).transpose(0, 1), matrices(weight).transpose(1, 2))
         return heads.transpose(0, 1).to(out_dtype or x.dtype)
 
     def grouped_linear(self, x: Tensor, weights: Sequence[PackedWeight], rows: Sequence[int]) -> Tensor:
         parts = zip(weights, x.split(list(rows)), strict=True)
-        return torch.cat([F.linear(part, _matrices(weight)[0]) for weight, part in parts])
+        return torch.cat([_product(part, weight).to(x.dtype) for weight, part in parts])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -72,6 +74,8 @@ class FastKernels(Kernels):
         return out
 
 
-def _matrices(weight: PackedWeight) -> Tensor:
-    """[groups, N, K]; mapped from a file, the data come as one row."""
-    return weight.data.view(weight.groups, weight.num_out, weight.num_in)
+def _product(x: Tensor, weight: PackedWeight) -> Tensor:
+    """`[T, K] -> [T, N]` in the weight's dtype, or in x's where it holds integers."""
+    if weight.scales is None:
+        return F.linear(x.to(weight.data.dtype), matrices(weight)[0])
+    return F.linear(x, matrices(weight)[0].to(x.dtype)) * weight.scales

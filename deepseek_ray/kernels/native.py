@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepseek_ray.errors import DeepSeekRayError
 from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
+from deepseek_ray.kernels.quantize import Quantization
 
 _SOURCES = Path(__file__).with_name("cpp")
 # No contraction: a multiply-add is fused exactly where the source says so, in every template instance and loop tail.
@@ -25,7 +26,7 @@ _FLAGS = [
     *["-fopenmp", "-fPIC", "-shared"],
 ]
 _LANES = 16
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 class KernelBuildError(DeepSeekRayError):
@@ -104,7 +105,10 @@ class NativeKernels(Kernels):
     def __init__(self) -> None:
         self._library = load_library()
 
-    def pack(self, weights: Sequence[Tensor]) -> PackedWeight:
+    def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:
+        if quantization is not None:
+            (weight,) = weights
+            return self._pack_int8(weight)
         num_out, num_in = weights[0].shape
         dtype = weights[0].dtype
         blocks, inputs = -(-num_out // _LANES), -(-num_in * dtype.itemsize // 4) * 4 // dtype.itemsize
@@ -122,9 +126,27 @@ class NativeKernels(Kernels):
             )
         return PackedWeight(data, len(weights), num_out, num_in)
 
+    def _pack_int8(self, weight: Tensor) -> PackedWeight:
+        num_out, num_in = weight.shape
+        assert weight.stride(1) == 1, weight.stride()
+        blocks = -(-num_out // _LANES)
+        data = torch.empty(1, blocks * num_in * _LANES, dtype=torch.int8)
+        scales = torch.empty(blocks * _LANES)
+        self._library.dr_pack_int8(
+            ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_int64(weight.stride(0)),
+            _DTYPES[weight.dtype],
+            ctypes.c_int64(num_out),
+            ctypes.c_int64(num_in),
+            ctypes.c_void_p(data.data_ptr()),
+            ctypes.c_void_p(scales.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return PackedWeight(data, 1, num_out, num_in, scales)
+
     def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(x.shape[0], weight.num_out, dtype=out_dtype or x.dtype)
-        self._grouped([x.shape[0]], [x.data_ptr()], x, weight, [weight.data.data_ptr()], [out.data_ptr()], out)
+        self._grouped([x.shape[0]], [x.data_ptr()], x, [weight], [weight.data.data_ptr()], [out.data_ptr()], out)
         return out
 
     def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -136,7 +158,7 @@ class NativeKernels(Kernels):
             [tokens] * heads,
             [x.data_ptr() + head * x_step for head in range(heads)],
             x,
-            weight,
+            [weight],
             [base + head * step for head in range(heads)],
             [out.data_ptr() + head * out_step for head in range(heads)],
             out,
@@ -154,7 +176,7 @@ class NativeKernels(Kernels):
             rows,
             [x.data_ptr() + start * x_row for start in starts[:-1]],
             x,
-            weights[0],
+            weights,
             [weight.data.data_ptr() for weight in weights],
             [out.data_ptr() + start * out_row for start in starts[:-1]],
             out,
@@ -166,14 +188,17 @@ class NativeKernels(Kernels):
         rows: Sequence[int],
         x_pointers: Sequence[int],
         x: Tensor,
-        like: PackedWeight,
+        weights: Sequence[PackedWeight],
         weight_pointers: Sequence[int],
         out_pointers: Sequence[int],
         out: Tensor,
     ) -> None:
-        """One product per entry of `rows`; `like` has the shape and dtype of every weight."""
+        """One product per entry of `rows`; all of `weights` have one shape and dtype, those with scales one group."""
+        like = weights[0]
         assert x.shape[-1] == like.num_in and x.stride(-1) == 1, (x.shape, x.stride(), like.num_in)
         count = len(rows)
+        pointers = [weight.scales.data_ptr() for weight in weights if weight.scales is not None]
+        scales = (ctypes.c_void_p * count)(*pointers) if pointers else None
         self._library.dr_grouped_linear(
             ctypes.c_int64(count),
             (ctypes.c_int64 * count)(*rows),
@@ -181,8 +206,8 @@ class NativeKernels(Kernels):
             ctypes.c_int64(x.stride(0)),
             _DTYPES[x.dtype],
             (ctypes.c_void_p * count)(*weight_pointers),
-            _DTYPES[like.dtype],
-            None,
+            _DTYPES[like.data.dtype],
+            scales,
             (ctypes.c_void_p * count)(*out_pointers),
             ctypes.c_int64(out.stride(0)),
             _DTYPES[out.dtype],

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
+from deepseek_ray.kernels.quantize import Quantization, quantize_int8
 
 
 class ReferenceKernels(Kernels):
@@ -19,22 +20,19 @@ class ReferenceKernels(Kernels):
 
     name = "torch, row by row"
 
-    def pack(self, weights: Sequence[Tensor]) -> PackedWeight:
-        data = torch.stack([weight.contiguous() for weight in weights])
-        return PackedWeight(data, len(weights), data.shape[1], data.shape[2])
+    def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:
+        return pack_plainly(weights, quantization)
 
     def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-        return _rows(x, weight.data[0], weight.num_out, out_dtype or x.dtype)
+        return _rows(x, weight, 0, out_dtype or x.dtype)
 
     def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-        heads = [
-            _rows(x[:, head], weight.data[head], weight.num_out, out_dtype or x.dtype) for head in range(x.shape[1])
-        ]
+        heads = [_rows(x[:, head], weight, head, out_dtype or x.dtype) for head in range(x.shape[1])]
         return torch.stack(heads, dim=1)
 
     def grouped_linear(self, x: Tensor, weights: Sequence[PackedWeight], rows: Sequence[int]) -> Tensor:
         parts = zip(weights, x.split(list(rows)), strict=True)
-        return torch.cat([_rows(part, weight.data[0], weight.num_out, x.dtype) for weight, part in parts])
+        return torch.cat([_rows(part, weight, 0, x.dtype) for weight, part in parts])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
@@ -76,9 +74,26 @@ class ReferenceKernels(Kernels):
         return out
 
 
-def _rows(x: Tensor, weight: Tensor, num_out: int, out_dtype: torch.dtype) -> Tensor:
-    out = torch.empty(x.shape[0], num_out, dtype=out_dtype, device=x.device)
-    wide = weight.float()
+def pack_plainly(weights: Sequence[Tensor], quantization: Quantization | None) -> PackedWeight:
+    """`[groups, N, K]` and, of integers, scales `[N]`, which only a single group has."""
+    num_out, num_in = weights[0].shape
+    if quantization is None:
+        data = torch.stack([weight.contiguous() for weight in weights])
+        return PackedWeight(data, len(weights), num_out, num_in)
+    (weight,) = weights
+    integers, scales = quantize_int8(weight)
+    return PackedWeight(integers.unsqueeze(0), 1, num_out, num_in, scales)
+
+
+def matrices(weight: PackedWeight) -> Tensor:
+    """[groups, N, K]; mapped from a file, the data come as one row."""
+    return weight.data.view(weight.groups, weight.num_out, weight.num_in)
+
+
+def _rows(x: Tensor, weight: PackedWeight, group: int, out_dtype: torch.dtype) -> Tensor:
+    out = torch.empty(x.shape[0], weight.num_out, dtype=out_dtype, device=x.device)
+    wide = matrices(weight)[group].float()
     for row in range(x.shape[0]):
-        out[row] = F.linear(x[row : row + 1].float(), wide)[0]
+        sums = F.linear(x[row : row + 1].float(), wide)[0]
+        out[row] = sums if weight.scales is None else sums * weight.scales
     return out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.packed_files import PackedExpert, PackedFiles, bring_into_memory
@@ -33,11 +34,13 @@ class ExpertStore:
         on_layer: Callable[[int], None] | None = None,
         shared_files: bool = False,
         device: torch.device | str = "cpu",
+        quantization: Quantization | None = None,
     ) -> None:
         """`shared_files`: packed experts are kept in files of this node and mapped from there, see `PackedFiles`.
 
-        `kernels` must be able to compute on `device`.
+        `kernels` must be able to compute on `device`. `quantization`: weights of fewer bits than `dtype`.
         """
+        self._quantization: Quantization | None = quantization
         self.kernels = kernels or default_kernels()
         self._reader = reader
         self._dtype = dtype
@@ -46,7 +49,7 @@ class ExpertStore:
         self._ahead: dict[tuple[int, int], PackedExpert] = {}
         self._changing = threading.Lock()
         layout = self.kernels.layout
-        self._files = PackedFiles(reader, layout, dtype) if shared_files and layout else None
+        self._files = PackedFiles(reader, layout, dtype, quantization) if shared_files and layout else None
         for layer, experts in held.items():
             for expert in experts:
                 self.load(layer, expert)
@@ -112,7 +115,8 @@ class ExpertStore:
         gate, up, down = (
             self._reader.tensor(f"{prefix}.{part}_proj.weight", self._dtype) for part in ("gate", "up", "down")
         )
-        return PackedExpert(self.kernels.pack([torch.cat([gate, up])]), self.kernels.pack([down]))
+        gate_up = self.kernels.pack([torch.cat([gate, up])], self._quantization)
+        return PackedExpert(gate_up, self.kernels.pack([down], self._quantization))
 
     def _put(self, layer: int, expert: int, packed: PackedExpert) -> None:
         """In a new dictionary each time: whoever computes keeps the one it looked up."""

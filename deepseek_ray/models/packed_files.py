@@ -2,7 +2,7 @@
 
 Whoever packs an expert first writes it down; everybody after that - a replica, a standby, the next process of a shard -
 maps the file, in milliseconds, and all share its pages. One file per expert: a header, the packed gate and up
-projection, the packed down projection.
+projection, the packed down projection; each is its data and, if they are integers, its scales.
 
 The folder is named after everything that the contents depend on: layout, dtype, the checkpoint's files, and this boot
 of the machine. A file is renamed into place when it is whole, but not forced to disk, so after a power cut it may not
@@ -25,18 +25,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from deepseek_ray.kernels.base import PackedWeight
 from deepseek_ray.kernels.native import cache_directory
+from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.models.checkpoint import CheckpointReader
 
 logger = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<4sI6q")
-"""Magic, version, then (bytes, outputs, inputs) of each of the two weights."""
-_MAGIC, _VERSION = b"DSRP", 1
-_ALIGNMENT = 64
+_HEADER = struct.Struct("<4sI8q")
+"""Magic, version, then (bytes of data, bytes of scales, outputs, inputs) of each of the two weights."""
+_MAGIC, _VERSION = b"DSRP", 2
+_ALIGNMENT = 128
+"""Of the header, too."""
 _MOST_FOLDERS = 8
 """Checkpoints whose packed experts are kept; the one unused for longest goes first."""
 _LIBC = ctypes.CDLL(None)
@@ -51,7 +52,7 @@ class PackedExpert(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.gate_up.data.nbytes + self.down.data.nbytes
+        return self.gate_up.nbytes + self.down.nbytes
 
     def to(self, device: torch.device) -> PackedExpert:
         return PackedExpert(self.gate_up.to(device), self.down.to(device))
@@ -60,11 +61,18 @@ class PackedExpert(NamedTuple):
 class PackedFiles:
     """The packed experts of one checkpoint, in one layout and dtype, on this node."""
 
-    def __init__(self, reader: CheckpointReader, layout: str, dtype: torch.dtype, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        layout: str,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+        root: Path | None = None,
+    ) -> None:
         """`layout` names how the kernels pack; another layout has other files."""
-        self._dtype = dtype
+        self._dtype = dtype if quantization is None else torch.int8
         root = root or cache_directory() / "packed"
-        self._folder = root / _key(reader, layout, dtype)
+        self._folder = root / _key(reader, layout, self._dtype)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             os.utime(self._folder)
@@ -82,14 +90,18 @@ class PackedFiles:
             magic, version, *sizes = _HEADER.unpack(content[: _HEADER.size].numpy().tobytes())
         except (OSError, RuntimeError, ValueError, struct.error):
             return None
-        start, weights = _ALIGNMENT, []
-        for count, num_out, num_in in (sizes[:3], sizes[3:]):
-            raw = content[start : start + count].view(self._dtype)
-            weights.append((raw, num_out, num_in))
-            start += _aligned(count)
-        if (magic, version) != (_MAGIC, _VERSION) or start != len(content):
+        data_bytes, scale_bytes = (sizes[0], sizes[4]), (sizes[1], sizes[5])
+        whole = _ALIGNMENT + sum(map(_aligned, (*data_bytes, *scale_bytes)))
+        if (magic, version) != (_MAGIC, _VERSION) or whole != len(content):
             return None
-        return PackedExpert(*(_packed(raw, num_out, num_in) for raw, num_out, num_in in weights))
+        start, weights = _ALIGNMENT, []
+        for num_data, num_scales, num_out, num_in in (sizes[:4], sizes[4:]):
+            data = content[start : start + num_data].view(self._dtype).unsqueeze(0)
+            start += _aligned(num_data)
+            scales = content[start : start + num_scales].view(torch.float32) if num_scales else None
+            start += _aligned(num_scales)
+            weights.append(PackedWeight(data, 1, num_out, num_in, scales))
+        return PackedExpert(*weights)
 
     def write(self, layer: int, expert: int, packed: PackedExpert) -> None:
         """Keep an expert for others. A disk that is full or read-only is said and otherwise ignored."""
@@ -101,8 +113,8 @@ class PackedFiles:
                 return
             with scratch.open("wb") as file:
                 file.write(_header(packed))
-                for weight in packed:
-                    raw = weight.data.contiguous().view(torch.uint8).numpy().reshape(-1)
+                for part in (part for weight in packed for part in weight.parts):
+                    raw = part.contiguous().view(torch.uint8).numpy().reshape(-1)
                     file.write(raw.data)
                     file.write(b"\0" * (_aligned(raw.nbytes) - raw.nbytes))
             os.replace(scratch, path)
@@ -124,20 +136,17 @@ def bring_into_memory(packed: PackedExpert) -> None:
 
     Only a hint: before Linux 5.14 nothing happens.
     """
-    for weight in packed:
-        start = weight.data.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        length = weight.data.data_ptr() + weight.data.nbytes - start
+    for part in (part for weight in packed for part in weight.parts):
+        start = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = part.data_ptr() + part.nbytes - start
         _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_READ)
-
-
-def _packed(raw: Tensor, num_out: int, num_in: int) -> PackedWeight:
-    return PackedWeight(raw.unsqueeze(0), 1, num_out, num_in)
 
 
 def _header(packed: PackedExpert) -> bytes:
     sizes: list[int] = []
     for weight in packed:
-        sizes += [weight.data.numel() * weight.data.itemsize, weight.num_out, weight.num_in]
+        num_scales = 0 if weight.scales is None else weight.scales.nbytes
+        sizes += [weight.data.nbytes, num_scales, weight.num_out, weight.num_in]
     return _HEADER.pack(_MAGIC, _VERSION, *sizes).ljust(_ALIGNMENT, b"\0")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.kernels.base import Kernels, PackedWeight
+from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.nn.gate import choose_experts
@@ -37,12 +38,14 @@ class PagedDecoder:
         max_positions: int | None = None,
         on_layer: Callable[[int], None] | None = None,
         device: torch.device | str = "cpu",
+        quantization: Quantization | None = None,
     ) -> None:
-        """`kernels` must be able to compute on `device`."""
+        """`kernels` must be able to compute on `device`. `quantization`: linear layers of fewer bits than `dtype`, but
+        for the gates and the two parts of kv_b_proj, which are small and decide much."""
         self.config: ModelConfig = reader.config
         self.dtype = dtype
         self.device = torch.device(device)
-        weights = _Weights(reader, dtype, kernels or default_kernels(), self.device)
+        weights = _Weights(reader, dtype, kernels or default_kernels(), self.device, quantization)
         self._kernels = weights.kernels
         self._embedding = weights.plain("model.embed_tokens.weight")
         self._layers = []
@@ -78,7 +81,15 @@ class PagedDecoder:
 class _Weights:
     """Reads tensors by name (the reader refuses NaN and infinity) and packs them."""
 
-    def __init__(self, reader: CheckpointReader, dtype: torch.dtype, kernels: Kernels, device: torch.device) -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        device: torch.device,
+        quantization: Quantization | None,
+    ) -> None:
+        self.quantization: Quantization | None = quantization
         self.reader = reader
         self.dtype = dtype
         self.device = device
@@ -90,9 +101,9 @@ class _Weights:
     def norm(self, name: str) -> Tensor:
         return self.plain(name, torch.float32).contiguous()
 
-    def linear(self, *names: str, dtype: torch.dtype | None = None) -> PackedWeight:
+    def linear(self, *names: str) -> PackedWeight:
         """One layer; several names are stacked by output features."""
-        return self.kernels.pack([torch.cat([self.plain(name, dtype) for name in names])])
+        return self.kernels.pack([torch.cat([self.plain(name) for name in names])], self.quantization)
 
     def bias(self, name: str) -> Tensor | None:
         return self.plain(name, torch.float32) if name in self.reader else None
@@ -205,7 +216,7 @@ class _Moe:
         self._layer = layer
         self._kernels = weights.kernels
         self._experts = experts
-        self._gate = weights.linear(f"{prefix}.gate.weight", dtype=torch.float32)
+        self._gate = weights.kernels.pack([weights.plain(f"{prefix}.gate.weight", torch.float32)])
         self._bias = weights.bias(f"{prefix}.gate.e_score_correction_bias")
         self._shared = _Mlp(f"{prefix}.shared_experts", weights) if config.n_shared_experts else None
 

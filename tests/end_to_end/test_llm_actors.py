@@ -24,3 +24,12 @@ def test_greedy_tokens_through_actors_are_those_of_transformers(ray_cluster: Non
     assert together == expected
     assert alone == expected
     assert all(len(tokens) == 64 for tokens in together)
+
+
+def test_int8_through_actors_is_int8_in_one_process(ray_cluster: None, trained_model: Path) -> None:
+    texts = [Path(argparse.__file__).read_text()[300 * n : 300 * n + 50] for n in range(4)]
+    tokens = {}
+    for backend in ("local", "actors"):
+        with LLM(trained_model, backend=backend, quantization="int8") as llm:
+            tokens[backend] = [result.outputs[0].token_ids for result in llm.generate(texts, GREEDY)]
+    assert tokens["actors"] == tokens["local"]

@@ -10,6 +10,7 @@ import torch
 from deepseek_ray.kernels import native as native_module
 from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.kernels.native import NativeKernels, load_library
+from deepseek_ray.kernels.quantize import quantize_int8
 from deepseek_ray.kernels.reference import ReferenceKernels
 from tests.kernels.cases import DTYPES, paged_case, random, tolerance
 
@@ -46,6 +47,33 @@ def test_weights_are_packed_as_the_layout_says(native: NativeKernels) -> None:
     assert torch.equal(native.pack([weight.bfloat16()]).data[0], pairs)
     part = torch.cat([weight, weight], dim=1)[:, :7]  # rows that are not beside each other
     assert torch.equal(native.pack([part]).data, native.pack([weight]).data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "num_out", "num_in"), SHAPES)
+def test_int8_weights_are_those_of_the_reference(
+    native: NativeKernels, rows: int, num_out: int, num_in: int, dtype: torch.dtype
+) -> None:
+    x, weight = random(rows, num_in, dtype=dtype), random(num_out, num_in, dtype=dtype, seed=1)
+    weight[0] = 0
+    integers, scales = quantize_int8(weight)
+    packed = native.pack([weight], "int8")
+    assert packed.scales is not None
+    assert torch.equal(packed.scales[:num_out], scales)
+    assert torch.equal(packed.data.view(-1, num_in, 16).transpose(1, 2).reshape(-1, num_in)[:num_out], integers)
+    expected = (x.double() @ (integers.double() * scales.double()[:, None]).T).to(dtype)
+    near = tolerance(dtype)
+    near["atol"] *= max(1, num_in / 100)
+    torch.testing.assert_close(native.linear(x, packed), expected, **near)
+    grouped = native.grouped_linear(x, [packed], [rows])
+    assert torch.equal(grouped, native.linear(x, packed))
+
+
+def test_int8_is_as_near_as_its_steps() -> None:
+    weight = random(20, 300)
+    integers, scales = quantize_int8(weight)
+    assert (integers.float() * scales[:, None] - weight).abs().max() <= scales.max() / 2 * 1.0001
+    assert integers.abs().amax(dim=1).eq(127).all()
 
 
 def test_linear_can_widen_its_output(native: NativeKernels) -> None:
@@ -117,9 +145,10 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(kernels: Kernels, dtype:
             together = operator(x)
             for start, stop in [(0, 1), (3, 5), (5, 18), (36, 37)]:
                 assert torch.equal(operator(x[start:stop].contiguous()), together[start:stop]), (name, start, stop)
-        together = kernels.linear(wide, weight)
-        for height in range(1, rows + 1):
-            assert torch.equal(kernels.linear(wide[-height:], weight), together[-height:]), height
+        for own in (weight, kernels.pack([random(90, inputs, dtype=dtype, seed=1)], "int8")):
+            together = kernels.linear(wide, own)
+            for height in range(1, rows + 1):
+                assert torch.equal(kernels.linear(wide[-height:], own), together[-height:]), height
     finally:
         torch.set_num_threads(before)
 
@@ -144,6 +173,7 @@ def test_another_cpu_gives_the_same_bits(native: NativeKernels, plain: NativeKer
     case = paged_case(dtype, 11, longest=150)
     for operator in (
         lambda kernels: kernels.linear(x, kernels.pack([weight])),
+        lambda kernels: kernels.linear(x, kernels.pack([weight], "int8")),
         lambda kernels: kernels.rms_norm(x, norm, 1e-6),
         lambda kernels: kernels.silu_mul(x * 8),
         lambda kernels: kernels.scores(x.float() * 8, "sigmoid"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore
@@ -32,8 +33,12 @@ def model(tmp_path: Path) -> Path:
     return write_random_checkpoint(tmp_path / "model", tiny_config())
 
 
-def store(model: Path, dtype: torch.dtype = torch.float32, shared_files: bool = True) -> ExpertStore:
-    return ExpertStore(CheckpointReader(model), {1: [2, 5]}, dtype, shared_files=shared_files)
+def store(
+    model: Path, dtype: torch.dtype = torch.float32, shared_files: bool = True, quantization: Quantization | None = None
+) -> ExpertStore:
+    return ExpertStore(
+        CheckpointReader(model), {1: [2, 5]}, dtype, shared_files=shared_files, quantization=quantization
+    )
 
 
 def rows(store: ExpertStore, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -47,12 +52,15 @@ def files(cache: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mapped_experts_give_the_bits_of_packed_ones(model: Path, cache: Path, dtype: torch.dtype) -> None:
-    expected = rows(store(model, dtype, shared_files=False), dtype)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_mapped_experts_give_the_bits_of_packed_ones(
+    model: Path, cache: Path, dtype: torch.dtype, quantization: Quantization | None
+) -> None:
+    expected = rows(store(model, dtype, shared_files=False, quantization=quantization), dtype)
     assert not cache.exists()
-    assert torch.equal(rows(store(model, dtype), dtype), expected), "written"
-    assert [path.name for path in files(cache)] == ["1-2", "1-5"]
-    assert torch.equal(rows(store(model, dtype), dtype), expected), "mapped"
+    for what in ("written", "mapped"):
+        assert torch.equal(rows(store(model, dtype, quantization=quantization), dtype), expected), what
+        assert [path.name for path in files(cache)] == ["1-2", "1-5"]
 
 
 def test_what_was_mapped_ahead_is_there_when_it_is_wanted(
@@ -116,7 +124,7 @@ def test_the_folders_unused_for_longest_go(model: Path, tmp_path: Path) -> None:
     for number in range(10):
         (root / f"old{number}").mkdir(parents=True)
         os.utime(root / f"old{number}", (number, number))
-    PackedFiles(CheckpointReader(model), "layout", torch.float32, root)
+    PackedFiles(CheckpointReader(model), "layout", torch.float32, root=root)
     left = {path.name for path in root.iterdir()}
     assert len(left) == 8
     assert {f"old{number}" for number in range(3, 10)} < left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.native import NativeKernels
+from deepseek_ray.kernels.quantize import Quantization, quantize_int8
 from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
 from deepseek_ray.models.paged_decoder import PagedDecoder
 from deepseek_ray.models.save import save_checkpoint
+from deepseek_ray.models.shapes import parameter_shapes
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
@@ -40,10 +44,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_decoder(directory: Path, dtype: torch.dtype, kernels: Kernels | None = None) -> PagedDecoder:
+def make_decoder(
+    directory: Path, dtype: torch.dtype, kernels: Kernels | None = None, quantization: Quantization | None = None
+) -> PagedDecoder:
     reader = CheckpointReader(directory)
     held = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
-    return PagedDecoder(reader, dtype, LocalExperts(ExpertStore(reader, held, dtype, kernels)), kernels)
+    store = ExpertStore(reader, held, dtype, kernels, quantization=quantization)
+    return PagedDecoder(reader, dtype, LocalExperts(store), kernels, quantization=quantization)
 
 
 class Runner:
@@ -93,12 +100,39 @@ def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any], kern
     assert (ours - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kernels", [NativeKernels, ReferenceKernels, FastKernels])
+@pytest.mark.parametrize("changes", [CONFIGS["v3"], CONFIGS["v2-lite"]], ids=["v3", "v2-lite"])
+def test_int8_is_the_model_with_rounded_weights(
+    tmp_path: Path, changes: dict[str, Any], kernels: type[Kernels]
+) -> None:
+    directory = write_random_checkpoint(tmp_path / "model", tiny_config(**changes))
+    reader = CheckpointReader(directory)
+    as_it_is = re.compile(r"embed_tokens|norm|mlp\.gate\.|kv_b_proj|bias")
+
+    def rounded(name: str) -> torch.Tensor:
+        weight = reader.tensor(name)
+        if as_it_is.search(name):
+            return weight
+        integers, scales = quantize_int8(weight)
+        return integers * scales[:, None]
+
+    names = parameter_shapes(reader.config)
+    save_checkpoint(tmp_path / "rounded", reader.config, ((name, rounded(name)) for name in names))
+    tokens = prompt(23)
+    (expected,) = Runner(make_decoder(tmp_path / "rounded", torch.float32), 1).step([(0, tokens, 0)])
+    (original,) = Runner(make_decoder(directory, torch.float32), 1).step([(0, tokens, 0)])
+    (ours,) = Runner(make_decoder(directory, torch.float32, kernels(), "int8"), 1).step([(0, tokens, 0)])
+    assert (ours - expected).abs().max() < 1e-4 < (original - expected).abs().max()
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [CONFIGS["v3"], CONFIGS["v2"]], ids=["v3", "v2"])
 def test_bits_do_not_depend_on_chunks_or_neighbours(
-    tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype
+    tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype, quantization: Quantization | None
 ) -> None:
-    decoder = make_decoder(write_random_checkpoint(tmp_path / "model", tiny_config(**changes)), dtype)
+    directory = write_random_checkpoint(tmp_path / "model", tiny_config(**changes))
+    decoder = make_decoder(directory, dtype, quantization=quantization)
     a, b = prompt(21, seed=1), prompt(33, seed=2)
     (alone,) = Runner(decoder, 2).step([(0, a, 0)])
     one_by_one = Runner(decoder, 2)

@@ -39,4 +39,32 @@ void dr_pack(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64
     }
 }
 
+// Symmetric int8 with a scale per output: out [ceil(N/16)][K][16], scales [ceil(N/16)][16].
+void dr_pack_int8(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, int8_t* out, float* scales,
+                  int32_t threads) {
+    const int64_t blocks = (N + kLanes - 1) / kLanes;
+#pragma omp parallel for schedule(static) num_threads(threads) if (N * K > kSmallWork)
+    for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t i = 0; i < kLanes; ++i) {
+            const int64_t row = b * kLanes + i;
+            int8_t* to = out + b * K * kLanes + i;
+            float& scale = scales[b * kLanes + i] = 0.0f;
+            if (row >= N) { for (int64_t k = 0; k < K; ++k) to[k * kLanes] = 0; continue; }
+            const void* from = at(weight, row * stride, dtype);
+            Vec most = Vec::zero();
+            for (int64_t k = 0; k < K; k += kLanes) {
+                Vec v = load_some(at(from, k, dtype), K - k, dtype);
+                most = most.max(v).max(Vec::zero() - v);
+            }
+            scale = max_lanes(most) / 127.0f;
+            const Vec inverse = Vec::all(scale > 0 ? 1.0f / scale : 0.0f);
+            float scaled[kLanes];
+            for (int64_t k = 0; k < K; k += kLanes) {
+                (load_some(at(from, k, dtype), K - k, dtype) * inverse).store(scaled);
+                for (int64_t j = 0; j < std::min<int64_t>(kLanes, K - k); ++j)
+                    to[(k + j) * kLanes] = int8_t(std::nearbyint(scaled[j]));
+            }
+        }
+}
+
 }  // extern "C"

@@ -68,7 +68,7 @@ class LLM:
         `attention_workers` and `expert_shards` count for `backend="actors"`. `threads`: cores the whole engine may use.
         `seed` decides the samples of requests that bring no seed: the same calls give the same outputs.
         `deterministic`: the output does not depend on the batch, the shards or a failure; False is torch's own speed.
-        `quantization`: "int8" keeps experts and linear layers in half the memory of bfloat16, read in half the time.
+        `quantization`: "int8" or "int4" keeps experts and linear layers in a half or a quarter of bfloat16's memory.
         `attention_device`, `expert_device`: "cpu" or "cuda", each for itself; "cuda" needs `deterministic=False`.
         """
         self._backend: OfflineBackend | None = None

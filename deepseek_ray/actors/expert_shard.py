@@ -18,6 +18,7 @@ from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_sec
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.control.reports import Directive, MemberReport, MemberState
 from deepseek_ray.control.shard_figures import EXPERTS_SHARE
+from deepseek_ray.kernels.quantize import bytes_per_weight
 from deepseek_ray.kernels.select import select_kernels, usable_device
 from deepseek_ray.links.connect import listen
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -54,7 +55,7 @@ class ExpertShard:
             quantization=config.quantization,
         )
         weights = 3 * reader.config.hidden_size * reader.config.moe_intermediate_size
-        self._expert_bytes = weights * (1 if config.quantization else self._dtype.itemsize)
+        self._expert_bytes = weights * bytes_per_weight(config.quantization, self._dtype)
         self._memory_bytes = memory_bytes(self._store.device, config.gpus_per_member)
         self._threads = threads
         self._loader = ExpertLoader(

@@ -74,9 +74,9 @@ class DeploymentConfig(FrozenConfig):
     """Name clients use; None takes the directory's name."""
     dtype: InferenceDtype = "bfloat16"
     """Type of weights and activations."""
-    quantization: Literal["int8"] | None = None
+    quantization: Literal["int8", "int4"] | None = None
     """Experts and linear layers with weights of fewer bits than `dtype`, made when the checkpoint is read; "int8" has
-    one scale per output."""
+    a scale for each output, "int4" one for each 32 inputs of an output."""
     attention_device: Device = "cpu"
     """What attention workers compute on; "cuda" needs `engine.deterministic: false`."""
     expert_device: Device = "cpu"

@@ -24,7 +24,7 @@ ScoreKind = Literal["sigmoid", "softmax"]
 class PackedWeight:
     """Weights of `groups` linear layers of one shape `[N, K]`, in the layout one implementation wants.
 
-    With `scales` (float32, one per output and group) the data are integers, and a sum is multiplied by its output's.
+    With `scales` the data are integers, see `kernels/quantize.py`.
     """
 
     def __init__(self, data: Tensor, groups: int, num_out: int, num_in: int, scales: Tensor | None = None) -> None:

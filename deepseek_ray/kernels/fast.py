@@ -76,6 +76,5 @@ class FastKernels(Kernels):
 
 def _product(x: Tensor, weight: PackedWeight) -> Tensor:
     """`[T, K] -> [T, N]` in the weight's dtype, or in x's where it holds integers."""
-    if weight.scales is None:
-        return F.linear(x.to(weight.data.dtype), matrices(weight)[0])
-    return F.linear(x, matrices(weight)[0].to(x.dtype)) * weight.scales
+    dtype = weight.data.dtype if weight.scales is None else x.dtype
+    return F.linear(x.to(dtype), matrices(weight, dtype)[0])

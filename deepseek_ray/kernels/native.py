@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepseek_ray.errors import DeepSeekRayError
 from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
-from deepseek_ray.kernels.quantize import Quantization
+from deepseek_ray.kernels.quantize import INT4_GROUP, Quantization
 
 _SOURCES = Path(__file__).with_name("cpp")
 # No contraction: a multiply-add is fused exactly where the source says so, in every template instance and loop tail.
@@ -26,7 +26,7 @@ _FLAGS = [
     *["-fopenmp", "-fPIC", "-shared"],
 ]
 _LANES = 16
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
 
 
 class KernelBuildError(DeepSeekRayError):
@@ -108,7 +108,7 @@ class NativeKernels(Kernels):
     def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:
         if quantization is not None:
             (weight,) = weights
-            return self._pack_int8(weight)
+            return self._pack_integers(weight, quantization)
         num_out, num_in = weights[0].shape
         dtype = weights[0].dtype
         blocks, inputs = -(-num_out // _LANES), -(-num_in * dtype.itemsize // 4) * 4 // dtype.itemsize
@@ -126,13 +126,18 @@ class NativeKernels(Kernels):
             )
         return PackedWeight(data, len(weights), num_out, num_in)
 
-    def _pack_int8(self, weight: Tensor) -> PackedWeight:
+    def _pack_integers(self, weight: Tensor, quantization: Quantization) -> PackedWeight:
         num_out, num_in = weight.shape
         assert weight.stride(1) == 1, weight.stride()
-        blocks = -(-num_out // _LANES)
-        data = torch.empty(1, blocks * num_in * _LANES, dtype=torch.int8)
-        scales = torch.empty(blocks * _LANES)
-        self._library.dr_pack_int8(
+        blocks, groups = -(-num_out // _LANES), -(-num_in // INT4_GROUP)
+        if quantization == "int8":
+            pack = self._library.dr_pack_int8
+            data, scales = torch.empty(1, blocks * num_in * _LANES, dtype=torch.int8), torch.empty(blocks * _LANES)
+        else:
+            pack = self._library.dr_pack_int4
+            data = torch.empty(1, blocks * groups * (INT4_GROUP // 8) * _LANES, dtype=torch.int32)
+            scales = torch.empty(blocks * groups * _LANES, dtype=torch.bfloat16)
+        pack(
             ctypes.c_void_p(weight.data_ptr()),
             ctypes.c_int64(weight.stride(0)),
             _DTYPES[weight.dtype],

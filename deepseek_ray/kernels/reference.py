@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
-from deepseek_ray.kernels.quantize import Quantization, quantize_int8
+from deepseek_ray.kernels.quantize import Quantization, dequantize, quantize
 
 
 class ReferenceKernels(Kernels):
@@ -75,25 +75,27 @@ class ReferenceKernels(Kernels):
 
 
 def pack_plainly(weights: Sequence[Tensor], quantization: Quantization | None) -> PackedWeight:
-    """`[groups, N, K]` and, of integers, scales `[N]`, which only a single group has."""
+    """`[groups, N, K]`; of integers also scales `[N, scales of an output]`, which only a single group has."""
     num_out, num_in = weights[0].shape
     if quantization is None:
         data = torch.stack([weight.contiguous() for weight in weights])
         return PackedWeight(data, len(weights), num_out, num_in)
     (weight,) = weights
-    integers, scales = quantize_int8(weight)
+    integers, scales = quantize(weight, quantization)
     return PackedWeight(integers.unsqueeze(0), 1, num_out, num_in, scales)
 
 
-def matrices(weight: PackedWeight) -> Tensor:
-    """[groups, N, K]; mapped from a file, the data come as one row."""
-    return weight.data.view(weight.groups, weight.num_out, weight.num_in)
+def matrices(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """[groups, N, K] in `dtype`, None for their own; mapped from a file, the data come as one row."""
+    data = weight.data.view(weight.groups, weight.num_out, weight.num_in)
+    if weight.scales is not None:
+        data = dequantize(data[0], weight.scales.view(weight.num_out, -1)).unsqueeze(0)
+    return data if dtype is None else data.to(dtype)
 
 
 def _rows(x: Tensor, weight: PackedWeight, group: int, out_dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape[0], weight.num_out, dtype=out_dtype, device=x.device)
-    wide = matrices(weight)[group].float()
+    wide = matrices(weight, torch.float32)[group]
     for row in range(x.shape[0]):
-        sums = F.linear(x[row : row + 1].float(), wide)[0]
-        out[row] = sums if weight.scales is None else sums * weight.scales
+        out[row] = F.linear(x[row : row + 1].float(), wide)[0]
     return out

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from deepseek_ray.kernels.base import PackedWeight
 from deepseek_ray.kernels.native import cache_directory
@@ -33,8 +34,9 @@ from deepseek_ray.models.checkpoint import CheckpointReader
 
 logger = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<4sI8q")
-"""Magic, version, then (bytes of data, bytes of scales, outputs, inputs) of each of the two weights."""
+_HEADER = struct.Struct("<4sI12q")
+"""Magic, version, then of each of the two weights: bytes and dtype of its data, of its scales, outputs, inputs."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.int32)
 _MAGIC, _VERSION = b"DSRP", 2
 _ALIGNMENT = 128
 """Of the header, too."""
@@ -70,9 +72,8 @@ class PackedFiles:
         root: Path | None = None,
     ) -> None:
         """`layout` names how the kernels pack; another layout has other files."""
-        self._dtype = dtype if quantization is None else torch.int8
         root = root or cache_directory() / "packed"
-        self._folder = root / _key(reader, layout, self._dtype)
+        self._folder = root / _key(reader, layout, quantization or str(dtype))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             os.utime(self._folder)
@@ -90,18 +91,11 @@ class PackedFiles:
             magic, version, *sizes = _HEADER.unpack(content[: _HEADER.size].numpy().tobytes())
         except (OSError, RuntimeError, ValueError, struct.error):
             return None
-        data_bytes, scale_bytes = (sizes[0], sizes[4]), (sizes[1], sizes[5])
-        whole = _ALIGNMENT + sum(map(_aligned, (*data_bytes, *scale_bytes)))
+        whole = _ALIGNMENT + sum(_aligned(sizes[place]) for place in (0, 2, 6, 8))
         if (magic, version) != (_MAGIC, _VERSION) or whole != len(content):
             return None
-        start, weights = _ALIGNMENT, []
-        for num_data, num_scales, num_out, num_in in (sizes[:4], sizes[4:]):
-            data = content[start : start + num_data].view(self._dtype).unsqueeze(0)
-            start += _aligned(num_data)
-            scales = content[start : start + num_scales].view(torch.float32) if num_scales else None
-            start += _aligned(num_scales)
-            weights.append(PackedWeight(data, 1, num_out, num_in, scales))
-        return PackedExpert(*weights)
+        parts = _Parts(content)
+        return PackedExpert(*(parts.weight(*sizes[first : first + 6]) for first in (0, 6)))
 
     def write(self, layer: int, expert: int, packed: PackedExpert) -> None:
         """Keep an expert for others. A disk that is full or read-only is said and otherwise ignored."""
@@ -142,11 +136,32 @@ def bring_into_memory(packed: PackedExpert) -> None:
         _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_READ)
 
 
+class _Parts:
+    """The tensors of a mapped file, one after the other."""
+
+    def __init__(self, content: Tensor) -> None:
+        self._content = content
+        self._start = _ALIGNMENT
+
+    def weight(
+        self, data_bytes: int, data_dtype: int, scale_bytes: int, scale_dtype: int, num_out: int, num_in: int
+    ) -> PackedWeight:
+        data = self._next(data_bytes, data_dtype).unsqueeze(0)
+        scales = self._next(scale_bytes, scale_dtype) if scale_bytes else None
+        return PackedWeight(data, 1, num_out, num_in, scales)
+
+    def _next(self, count: int, dtype: int) -> Tensor:
+        part = self._content[self._start : self._start + count].view(_DTYPES[dtype])
+        self._start += _aligned(count)
+        return part
+
+
 def _header(packed: PackedExpert) -> bytes:
     sizes: list[int] = []
     for weight in packed:
-        num_scales = 0 if weight.scales is None else weight.scales.nbytes
-        sizes += [weight.data.nbytes, num_scales, weight.num_out, weight.num_in]
+        for part in (weight.data, weight.scales):
+            sizes += (0, 0) if part is None else (part.nbytes, _DTYPES.index(part.dtype))
+        sizes += [weight.num_out, weight.num_in]
     return _HEADER.pack(_MAGIC, _VERSION, *sizes).ljust(_ALIGNMENT, b"\0")
 
 
@@ -154,8 +169,8 @@ def _aligned(count: int) -> int:
     return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
-def _key(reader: CheckpointReader, layout: str, dtype: torch.dtype) -> str:
-    parts: Sequence[object] = (layout, str(dtype), _VERSION, _boot(), reader.identity())
+def _key(reader: CheckpointReader, layout: str, kind: str) -> str:
+    parts: Sequence[object] = (layout, kind, _VERSION, _boot(), reader.identity())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deepseek_ray.kernels import native as native_module
-from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.base import Kernels, PackedWeight
 from deepseek_ray.kernels.native import NativeKernels, load_library
-from deepseek_ray.kernels.quantize import quantize_int8
+from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize
 from deepseek_ray.kernels.reference import ReferenceKernels
 from tests.kernels.cases import DTYPES, paged_case, random, tolerance
 
@@ -49,31 +49,45 @@ def test_weights_are_packed_as_the_layout_says(native: NativeKernels) -> None:
     assert torch.equal(native.pack([part]).data, native.pack([weight]).data)
 
 
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "num_out", "num_in"), SHAPES)
-def test_int8_weights_are_those_of_the_reference(
-    native: NativeKernels, rows: int, num_out: int, num_in: int, dtype: torch.dtype
+def test_integers_are_those_of_the_reference(
+    native: NativeKernels, rows: int, num_out: int, num_in: int, dtype: torch.dtype, kind: Quantization
 ) -> None:
     x, weight = random(rows, num_in, dtype=dtype), random(num_out, num_in, dtype=dtype, seed=1)
     weight[0] = 0
-    integers, scales = quantize_int8(weight)
-    packed = native.pack([weight], "int8")
-    assert packed.scales is not None
-    assert torch.equal(packed.scales[:num_out], scales)
-    assert torch.equal(packed.data.view(-1, num_in, 16).transpose(1, 2).reshape(-1, num_in)[:num_out], integers)
-    expected = (x.double() @ (integers.double() * scales.double()[:, None]).T).to(dtype)
+    integers, scales = quantize(weight, kind)
+    packed = native.pack([weight], kind)
+    assert torch.equal(_unpacked(packed, kind), integers)
+    expected = (x.double() @ dequantize(integers, scales).double().T).to(dtype)
     near = tolerance(dtype)
     near["atol"] *= max(1, num_in / 100)
     torch.testing.assert_close(native.linear(x, packed), expected, **near)
-    grouped = native.grouped_linear(x, [packed], [rows])
-    assert torch.equal(grouped, native.linear(x, packed))
+    assert torch.equal(native.grouped_linear(x, [packed], [rows]), native.linear(x, packed))
 
 
-def test_int8_is_as_near_as_its_steps() -> None:
+def _unpacked(packed: PackedWeight, kind: Quantization) -> torch.Tensor:
+    """[N, K] from the layout of `cpp/linear.cpp`."""
+    if kind == "int8":
+        rows = packed.data.view(-1, packed.num_in, 16).transpose(1, 2)
+    else:
+        units = packed.data.view(-1, -(-packed.num_in // 32) * 4, 16, 1)
+        nibbles = (units >> torch.arange(0, 32, 4)) & 15
+        rows = (nibbles - 16 * (nibbles > 7)).permute(0, 2, 1, 3)
+    return rows.reshape(-(-packed.num_out // 16) * 16, -1)[: packed.num_out, : packed.num_in].to(torch.int8)
+
+
+def test_integers_are_as_near_as_their_steps() -> None:
     weight = random(20, 300)
-    integers, scales = quantize_int8(weight)
-    assert (integers.float() * scales[:, None] - weight).abs().max() <= scales.max() / 2 * 1.0001
+    integers, scales = quantize(weight, "int8")
+    assert (dequantize(integers, scales) - weight).abs().max() <= scales.max() / 2 * 1.0001
     assert integers.abs().amax(dim=1).eq(127).all()
+    integers, scales = quantize(weight, "int4")
+    steps = scales.abs().repeat_interleave(32, dim=1)[:, :300]
+    error = (dequantize(integers, scales) - weight).abs() / steps
+    assert error[integers < 7].max() <= 0.5 + 8 / 256  # the scale is rounded to bfloat16
+    assert error.max() <= 1 + 8 / 256  # the positive end is one step short
 
 
 def test_linear_can_widen_its_output(native: NativeKernels) -> None:
@@ -133,7 +147,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(kernels: Kernels, dtype:
     try:
         rows, inputs = 37, 1100
         x = random(rows, 48, dtype=dtype)
-        wide, weight = random(rows, inputs, dtype=dtype), kernels.pack([random(90, inputs, dtype=dtype, seed=1)])
+        wide = random(rows, inputs, dtype=dtype)
         norm = random(48, seed=2)
         operators = {
             "rms_norm": lambda part: kernels.rms_norm(part, norm, 1e-6),
@@ -145,7 +159,8 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(kernels: Kernels, dtype:
             together = operator(x)
             for start, stop in [(0, 1), (3, 5), (5, 18), (36, 37)]:
                 assert torch.equal(operator(x[start:stop].contiguous()), together[start:stop]), (name, start, stop)
-        for own in (weight, kernels.pack([random(90, inputs, dtype=dtype, seed=1)], "int8")):
+        for kind in (None, *QUANTIZATIONS):
+            own = kernels.pack([random(90, inputs, dtype=dtype, seed=1)], kind)
             together = kernels.linear(wide, own)
             for height in range(1, rows + 1):
                 assert torch.equal(kernels.linear(wide[-height:], own), together[-height:]), height
@@ -174,6 +189,7 @@ def test_another_cpu_gives_the_same_bits(native: NativeKernels, plain: NativeKer
     for operator in (
         lambda kernels: kernels.linear(x, kernels.pack([weight])),
         lambda kernels: kernels.linear(x, kernels.pack([weight], "int8")),
+        lambda kernels: kernels.linear(x, kernels.pack([weight], "int4")),
         lambda kernels: kernels.rms_norm(x, norm, 1e-6),
         lambda kernels: kernels.silu_mul(x * 8),
         lambda kernels: kernels.scores(x.float() * 8, "sigmoid"),

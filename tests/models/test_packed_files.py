@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_ray.kernels.quantize import Quantization
+from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore
@@ -52,7 +52,7 @@ def files(cache: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
 def test_mapped_experts_give_the_bits_of_packed_ones(
     model: Path, cache: Path, dtype: torch.dtype, quantization: Quantization | None
 ) -> None:

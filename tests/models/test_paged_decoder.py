@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.native import NativeKernels
-from deepseek_ray.kernels.quantize import Quantization, quantize_int8
+from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize
 from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
@@ -102,8 +102,9 @@ def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any], kern
 
 @pytest.mark.parametrize("kernels", [NativeKernels, ReferenceKernels, FastKernels])
 @pytest.mark.parametrize("changes", [CONFIGS["v3"], CONFIGS["v2-lite"]], ids=["v3", "v2-lite"])
-def test_int8_is_the_model_with_rounded_weights(
-    tmp_path: Path, changes: dict[str, Any], kernels: type[Kernels]
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_integers_are_the_model_with_rounded_weights(
+    tmp_path: Path, changes: dict[str, Any], kernels: type[Kernels], quantization: Quantization
 ) -> None:
     directory = write_random_checkpoint(tmp_path / "model", tiny_config(**changes))
     reader = CheckpointReader(directory)
@@ -113,19 +114,18 @@ def test_int8_is_the_model_with_rounded_weights(
         weight = reader.tensor(name)
         if as_it_is.search(name):
             return weight
-        integers, scales = quantize_int8(weight)
-        return integers * scales[:, None]
+        return dequantize(*quantize(weight, quantization))
 
     names = parameter_shapes(reader.config)
     save_checkpoint(tmp_path / "rounded", reader.config, ((name, rounded(name)) for name in names))
     tokens = prompt(23)
     (expected,) = Runner(make_decoder(tmp_path / "rounded", torch.float32), 1).step([(0, tokens, 0)])
     (original,) = Runner(make_decoder(directory, torch.float32), 1).step([(0, tokens, 0)])
-    (ours,) = Runner(make_decoder(directory, torch.float32, kernels(), "int8"), 1).step([(0, tokens, 0)])
+    (ours,) = Runner(make_decoder(directory, torch.float32, kernels(), quantization), 1).step([(0, tokens, 0)])
     assert (ours - expected).abs().max() < 1e-4 < (original - expected).abs().max()
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [CONFIGS["v3"], CONFIGS["v2"]], ids=["v3", "v2"])
 def test_bits_do_not_depend_on_chunks_or_neighbours(

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int64_t kSmallWork = 1 << 17;  // multiply-adds below which waking a second thread costs more than it saves
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
 #if defined(__AVX512F__)
 struct Vec {
@@ -36,6 +36,11 @@ struct Vec {
         __m512i raw = _mm512_loadu_si512(p);
         return {_mm512_castsi512_ps(s ? _mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u)))
                                       : _mm512_slli_epi32(raw, 16))};
+    }
+    // Of 16 units of 8 signed 4-bit integers: the i-th of each.
+    static inline Vec nibble(const uint32_t* p, int i) {
+        __m512i raw = _mm512_slli_epi32(_mm512_loadu_si512(p), 28 - 4 * i);
+        return {_mm512_cvtepi32_ps(_mm512_srai_epi32(raw, 28))};
     }
     inline void store(float* p) const { _mm512_storeu_ps(p, v); }
     inline void store(uint16_t* p) const {  // round to nearest even, NaN stays NaN
@@ -80,6 +85,11 @@ struct Vec {
                                      : _mm256_slli_epi32(raw, 16));
     }
     static inline Vec half(const uint16_t* p, int s) { return {half8(p, s), half8(p + 16, s)}; }
+    static inline __m256 nibble8(const uint32_t* p, int i) {
+        __m256i raw = _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 28 - 4 * i);
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(raw, 28));
+    }
+    static inline Vec nibble(const uint32_t* p, int i) { return {nibble8(p, i), nibble8(p + 8, i)}; }
     inline void store(float* p) const { _mm256_storeu_ps(p, lo); _mm256_storeu_ps(p + 8, hi); }
     static inline __m256i rounded(__m256 x) {
         __m256i bits = _mm256_castps_si256(x);
@@ -120,6 +130,9 @@ struct Vec {
     static inline Vec load(const int8_t* p) { return each([&](int i) { return float(p[i]); }); }
     static inline Vec half(const uint16_t* p, int s) {
         return each([&](int i) { return widen_bits(uint32_t(p[2 * i + s]) << 16); });
+    }
+    static inline Vec nibble(const uint32_t* p, int i) {
+        return each([&](int j) { return float(int32_t(p[j] << (28 - 4 * i)) >> 28); });
     }
     inline void store(float* p) const { std::memcpy(p, v, sizeof v); }
     inline void store(uint16_t* p) const {

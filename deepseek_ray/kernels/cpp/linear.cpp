@@ -6,6 +6,8 @@
 //   bfloat16  [ceil(N/16)][ceil(K/2)][16][2]: two inputs beside each other, the order of vdpbf16ps, in which the second of
 //             a pair is added first
 //   int8      [ceil(N/16)][K][16], and float32 scales [ceil(N/16)][16], by which a finished sum is multiplied
+//   int4      [ceil(N/16)][ceil(K/32)][4][16] units of 4 bytes with 8 inputs each, the first in the lowest bits, and
+//             bfloat16 scales [ceil(N/16)][ceil(K/32)][16], by which the sum over 32 inputs is multiplied
 
 #include "lanes.h"
 
@@ -22,8 +24,12 @@ constexpr int64_t kPanel = 72;      // rows whose inputs stay in the second-leve
 constexpr int64_t kInputs = 1024;   // inputs that are taken together where rows are many
 constexpr int64_t kAhead = 1536;    // bytes by which weights are fetched before they are used
 
-template <typename W> constexpr int kStep = 1;  // inputs that lie beside each other
+struct Int4 { uint32_t unit; };
+template <typename W> constexpr int kStep = 1;  // inputs that are taken together
 template <> constexpr int kStep<uint16_t> = 2;
+template <> constexpr int kStep<Int4> = 32;
+template <typename W> constexpr int kPerElement = 1;  // inputs in one W
+template <> constexpr int kPerElement<Int4> = 8;
 
 struct Output {
     void* data;      // of the first row and column
@@ -36,8 +42,9 @@ struct Output {
 // the sums between two such runs: [B][R][16], each block `carry_stride` further.
 template <int R, int B, typename W>
 inline void tile(const float* x, int64_t x_stride, const W* w, int64_t block_stride, int64_t k0, int64_t k1,
-                 float* carry, int64_t carry_stride, const float* scales, const Output* out) {
+                 float* carry, int64_t carry_stride, const void* all_scales, const Output* out) {
     constexpr int S = kStep<W>;
+    const float* scales = static_cast<const float*>(all_scales);
     Vec acc[R][B];
     for (int b = 0; b < B; ++b)
         for (int r = 0; r < R; ++r) acc[r][b] = k0 ? Vec::load(carry + b * carry_stride + r * kLanes) : Vec::zero();
@@ -65,12 +72,49 @@ inline void tile(const float* x, int64_t x_stride, const W* w, int64_t block_str
         }
 }
 
+// The same for int4: `scales` are those of the first block, the others' follow after K/32 times 16.
+template <int R, int B>
+inline void tile(const float* x, int64_t x_stride, const Int4* w, int64_t block_stride, int64_t k0, int64_t k1,
+                 float* carry, int64_t carry_stride, const void* all_scales, const Output* out) {
+    const uint16_t* scales = static_cast<const uint16_t*>(all_scales);
+    Vec total[R][B];
+    for (int b = 0; b < B; ++b)
+        for (int r = 0; r < R; ++r) total[r][b] = k0 ? Vec::load(carry + b * carry_stride + r * kLanes) : Vec::zero();
+    for (int64_t k = k0; k < k1; k += kStep<Int4>) {
+        Vec acc[R][B];
+        for (int b = 0; b < B; ++b) for (int r = 0; r < R; ++r) acc[r][b] = Vec::zero();
+        for (int64_t u = k / 8; u < k / 8 + 4; ++u) {
+            if (R <= 2)
+                for (int b = 0; b < B; ++b)
+                    __builtin_prefetch(reinterpret_cast<const char*>(w + b * block_stride + u * kLanes) + kAhead);
+            for (int i = 0; i < 8; ++i) {
+                Vec wk[B];
+                for (int b = 0; b < B; ++b) wk[b] = Vec::nibble(&w[b * block_stride + u * kLanes].unit, i);
+                for (int r = 0; r < R; ++r) {
+                    Vec xk = Vec::all(x[r * x_stride + u * 8 + i]);
+                    for (int b = 0; b < B; ++b) acc[r][b] = acc[r][b].fma(xk, wk[b]);
+                }
+            }
+        }
+        for (int b = 0; b < B; ++b) {
+            Vec scale = Vec::load(scales + b * block_stride / 4 + k / kStep<Int4> * kLanes);
+            for (int r = 0; r < R; ++r) total[r][b] = total[r][b].fma(acc[r][b], scale);
+        }
+    }
+    for (int b = 0; b < B; ++b)
+        for (int r = 0; r < R; ++r) {
+            if (!out) { total[r][b].store(carry + b * carry_stride + r * kLanes); continue; }
+            store_some(total[r][b], at(out->data, r * out->stride + b * kLanes, out->dtype), out->columns - b * kLanes,
+                       out->dtype);
+        }
+}
+
 #if defined(__AVX512BF16__)
 // The same for bfloat16 inputs: x holds pairs. The instruction rounds after each of its two additions, as fma does, so
 // the bits are those of `tile`; `dr_check` looks whether this CPU agrees.
 template <int R, int B>
 inline void tile(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t block_stride, int64_t k0, int64_t k1,
-                 float* carry, int64_t carry_stride, const float*, const Output* out) {
+                 float* carry, int64_t carry_stride, const void*, const Output* out) {
     Vec acc[R][B];
     for (int b = 0; b < B; ++b)
         for (int r = 0; r < R; ++r) acc[r][b] = k0 ? Vec::load(carry + b * carry_stride + r * kLanes) : Vec::zero();
@@ -103,20 +147,30 @@ struct Product {
     const X* x;
     int64_t x_stride, rows;
     const W* w;
-    const float* scales;
+    const void* scales;
     int64_t num_out, num_in;
     void* out;
     int64_t out_stride;
     int32_t out_dtype;
 
-    int64_t block_stride() const { return (num_in + kStep<W> - 1) / kStep<W> * kStep<W> * kLanes; }
+    // Elements of a block of 16 columns; of int4 four times as many as it has scales.
+    int64_t block_stride() const {
+        return (num_in + kStep<W> - 1) / kStep<W> * kStep<W> / kPerElement<W> * kLanes;
+    }
+
+    const void* scales_of(int64_t block) const {
+        if constexpr (sizeof(W) == sizeof(Int4) && kPerElement<W> == 8)
+            return static_cast<const uint16_t*>(scales) + block * block_stride() / 4;
+        else
+            return scales ? static_cast<const float*>(scales) + block * kLanes : nullptr;
+    }
 
     template <int R, int B>
     void run_tile(int64_t row, int64_t block, int64_t k0, int64_t k1, float* carry, int64_t carry_stride) const {
         Output output{at(out, row * out_stride + block * kLanes, out_dtype), out_stride, out_dtype,
                       num_out - block * kLanes};
         tile<R, B>(x + row * x_stride, x_stride, w + block * block_stride(), block_stride(), k0, k1, carry, carry_stride,
-                   scales ? scales + block * kLanes : nullptr, k1 == num_in ? &output : nullptr);
+                   scales_of(block), k1 == num_in ? &output : nullptr);
     }
 
     // R rows of the blocks [first, last) that still make a group of B(R), and the rest one by one.
@@ -159,9 +213,9 @@ struct Product {
     }
 };
 
-// A row as X; its end is padded with a zero to an even number.
+// A row as X; its end is padded with zeros.
 template <typename X>
-void copy_row(const void* source, int32_t dtype, int64_t K, X* to) {
+void copy_row(const void* source, int32_t dtype, int64_t K, int64_t padded, X* to) {
     for (int64_t k = 0; k < K; k += kLanes) {
         if constexpr (sizeof(X) == 4) {
             store_some(load_some(at(source, k, dtype), K - k, dtype), to + k, K - k, kFloat32);
@@ -169,20 +223,20 @@ void copy_row(const void* source, int32_t dtype, int64_t K, X* to) {
             std::memcpy(to + k, static_cast<const uint16_t*>(source) + k, size_t(std::min<int64_t>(kLanes, K - k)) * 2);
         }
     }
-    if (K % 2) to[K] = X(0);
+    std::fill(to + K, to + padded, X(0));
 }
 
 template <typename X, typename W>
 void grouped(int64_t groups, const int64_t* rows, const void* const* x, int64_t x_stride, int32_t x_dtype,
-             const void* const* weights, const float* const* scales, void* const* out, int64_t out_stride,
+             const void* const* weights, const void* const* scales, void* const* out, int64_t out_stride,
              int32_t out_dtype, int64_t N, int64_t K, int32_t threads) {
     thread_local std::vector<X> copies;
     int64_t total = 0, busy = 0;
     std::vector<int64_t> first(groups);
     for (int64_t g = 0; g < groups; ++g) { first[g] = total; total += rows[g]; busy += rows[g] > 0; }
     if (!total) return;
-    const bool as_is = x_dtype == (sizeof(X) == 4 ? kFloat32 : kBfloat16) && (K % 2 == 0 || kStep<W> == 1);
-    const int64_t padded = (K + 1) / 2 * 2;
+    const bool as_is = x_dtype == (sizeof(X) == 4 ? kFloat32 : kBfloat16) && K % kStep<W> == 0;
+    const int64_t padded = (K + kStep<W> - 1) / kStep<W> * kStep<W>;
     if (!as_is && copies.size() < size_t(total * padded)) copies.resize(size_t(total * padded));
     X* const copied = copies.data();
     const int64_t blocks = (N + kLanes - 1) / kLanes;
@@ -197,7 +251,7 @@ void grouped(int64_t groups, const int64_t* rows, const void* const* x, int64_t 
             for (int64_t g = 0; g < groups; ++g) {
 #pragma omp for schedule(static) nowait
                 for (int64_t r = 0; r < rows[g]; ++r)
-                    copy_row(at(x[g], r * x_stride, x_dtype), x_dtype, K, copied + (first[g] + r) * padded);
+                    copy_row(at(x[g], r * x_stride, x_dtype), x_dtype, K, padded, copied + (first[g] + r) * padded);
             }
 #pragma omp barrier
         }
@@ -252,15 +306,16 @@ int32_t dr_check() {
 }
 
 // For each group g: out[g] = x[g] @ weight[g].T for rows[g] rows. Row strides are in elements. `scales` is null unless
-// the weights are int8.
+// the weights are integers.
 void dr_grouped_linear(int64_t groups, const int64_t* rows, const void* const* x, int64_t x_stride, int32_t x_dtype,
-                       const void* const* weights, int32_t w_dtype, const float* const* scales, void* const* out,
+                       const void* const* weights, int32_t w_dtype, const void* const* scales, void* const* out,
                        int64_t out_stride, int32_t out_dtype, int64_t N, int64_t K, int32_t threads) {
     auto go = [&](auto run) {
         run(groups, rows, x, x_stride, x_dtype, weights, scales, out, out_stride, out_dtype, N, K, threads);
     };
     if (w_dtype == kFloat32) return go(grouped<float, float>);
     if (w_dtype == kInt8) return go(grouped<float, int8_t>);
+    if (w_dtype == kInt4) return go(grouped<float, Int4>);
 #if defined(__AVX512BF16__)
     if (use_pairs && x_dtype == kBfloat16) return go(grouped<uint16_t, uint16_t>);
 #endif

@@ -67,4 +67,36 @@ void dr_pack_int8(const void* weight, int64_t stride, int32_t dtype, int64_t N, 
         }
 }
 
+// int4 with a bfloat16 scale for 32 inputs of an output: out [ceil(N/16)][ceil(K/32)][4][16] units of 8 inputs, scales
+// [ceil(N/16)][ceil(K/32)][16]. The value of largest magnitude becomes -8, so a scale may be negative.
+void dr_pack_int4(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, uint32_t* out,
+                  uint16_t* scales, int32_t threads) {
+    constexpr int64_t kGroup = 32;
+    const int64_t blocks = (N + kLanes - 1) / kLanes, groups = (K + kGroup - 1) / kGroup;
+#pragma omp parallel for schedule(static) num_threads(threads) if (N * K > kSmallWork)
+    for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t i = 0; i < kLanes; ++i)
+            for (int64_t g = 0; g < groups; ++g) {
+                const int64_t row = b * kLanes + i, count = row < N ? std::min(kGroup, K - g * kGroup) : 0;
+                float values[kGroup] = {0}, largest = 0;
+                for (int64_t k = 0; k < count; k += kLanes)
+                    load_some(at(weight, row * stride + g * kGroup + k, dtype), count - k, dtype).store(values + k);
+                for (float v : values) if (std::fabs(v) > std::fabs(largest)) largest = v;
+                uint16_t stored[kLanes];
+                Vec::all(largest / -8.0f).store(stored);
+                float scale[kLanes];
+                Vec::load(stored).store(scale);
+                scales[(b * groups + g) * kLanes + i] = stored[0];
+                const float inverse = scale[0] != 0 ? 1.0f / scale[0] : 0.0f;
+                for (int64_t u = 0; u < kGroup / 8; ++u) {
+                    uint32_t unit = 0;
+                    for (int64_t j = 0; j < 8; ++j) {
+                        const float near = std::nearbyint(values[u * 8 + j] * inverse);
+                        unit |= (uint32_t(int32_t(std::max(-8.0f, std::min(7.0f, near)))) & 15u) << (4 * j);
+                    }
+                    out[((b * groups + g) * 4 + u) * kLanes + i] = unit;
+                }
+            }
+}
+
 }  // extern "C"

@@ -59,7 +59,8 @@ class Kernels(ABC):
     def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:
         """Weights, each `[N, K]` in float32 or bfloat16 and of one shape, into this implementation's layout.
 
-        With `quantization` as integers with scales, see `kernels/quantize.py`.
+        With `quantization` as integers with scales; inputs are rounded, too, where that is fast. See
+        `kernels/quantize.py`.
         """
 
     @abstractmethod

@@ -132,7 +132,7 @@ class NativeKernels(Kernels):
         blocks, groups = -(-num_out // _LANES), -(-num_in // INT4_GROUP)
         if quantization == "int8":
             pack = self._library.dr_pack_int8
-            data, scales = torch.empty(1, blocks * num_in * _LANES, dtype=torch.int8), torch.empty(blocks * _LANES)
+            data, scales = torch.empty(1, blocks * groups * 32 * _LANES, dtype=torch.int8), torch.empty(blocks * _LANES)
         else:
             pack = self._library.dr_pack_int4
             data = torch.empty(1, blocks * groups * (INT4_GROUP // 8) * _LANES, dtype=torch.int32)

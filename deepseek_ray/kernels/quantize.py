@@ -1,4 +1,4 @@
-"""Weights of fewer bits than activations: the plain version of what the packed layouts hold."""
+"""Weights of fewer bits, and inputs rounded to meet them: the plain version of what `cpp/integer.h` computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 INT8_LARGEST = 127
 INT4_GROUP = 32
-"""Inputs of an output that share a scale."""
+"""Weights of an output that share a scale."""
+INPUT_GROUP = 32
+"""Inputs of a row that share a scale."""
 
 
 def bytes_per_weight(kind: Quantization | None, dtype: torch.dtype) -> float:
@@ -62,3 +64,12 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(scales != 0, 1 / scales, 0.0)
     integers = (groups * inverse).round().clamp(-8, 7).to(torch.int8)
     return integers.view(num_out, -1)[:, :num_in], scales.squeeze(2)
+
+
+def round_inputs(x: Tensor) -> Tensor:
+    """What a product with integers makes of its inputs `[T, K]`: float32 values of int8, a scale for 32 of a row."""
+    num_in = x.shape[1]
+    groups = F.pad(x.float(), (0, -num_in % INPUT_GROUP)).unflatten(1, (-1, INPUT_GROUP))
+    scales = groups.abs().amax(dim=2, keepdim=True) / INT8_LARGEST
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    return ((groups * inverse).round() * scales).flatten(1)[:, :num_in]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
-from deepseek_ray.kernels.quantize import Quantization, dequantize, quantize
+from deepseek_ray.kernels.quantize import Quantization, dequantize, quantize, round_inputs
 
 
 class ReferenceKernels(Kernels):
@@ -96,6 +96,7 @@ def matrices(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
 def _rows(x: Tensor, weight: PackedWeight, group: int, out_dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape[0], weight.num_out, dtype=out_dtype, device=x.device)
     wide = matrices(weight, torch.float32)[group]
+    inputs = x.float() if weight.scales is None else round_inputs(x)
     for row in range(x.shape[0]):
-        out[row] = F.linear(x[row : row + 1].float(), wide)[0]
+        out[row] = F.linear(inputs[row : row + 1], wide)[0]
     return out

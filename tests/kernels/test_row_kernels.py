@@ -10,7 +10,7 @@ import torch
 from deepseek_ray.kernels import native as native_module
 from deepseek_ray.kernels.base import Kernels, PackedWeight
 from deepseek_ray.kernels.native import NativeKernels, load_library
-from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize
+from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize, round_inputs
 from deepseek_ray.kernels.reference import ReferenceKernels
 from tests.kernels.cases import DTYPES, paged_case, random, tolerance
 
@@ -60,7 +60,7 @@ def test_integers_are_those_of_the_reference(
     integers, scales = quantize(weight, kind)
     packed = native.pack([weight], kind)
     assert torch.equal(_unpacked(packed, kind), integers)
-    expected = (x.double() @ dequantize(integers, scales).double().T).to(dtype)
+    expected = (round_inputs(x).double() @ dequantize(integers, scales).double().T).to(dtype)
     near = tolerance(dtype)
     near["atol"] *= max(1, num_in / 100)
     torch.testing.assert_close(native.linear(x, packed), expected, **near)
@@ -69,12 +69,13 @@ def test_integers_are_those_of_the_reference(
 
 def _unpacked(packed: PackedWeight, kind: Quantization) -> torch.Tensor:
     """[N, K] from the layout of `cpp/linear.cpp`."""
+    groups = -(-packed.num_in // 32)
     if kind == "int8":
-        rows = packed.data.view(-1, packed.num_in, 16).transpose(1, 2)
+        rows = packed.data.view(-1, groups * 8, 16, 4).transpose(1, 2)
     else:
-        units = packed.data.view(-1, -(-packed.num_in // 32) * 4, 16, 1)
-        nibbles = (units >> torch.arange(0, 32, 4)) & 15
-        rows = (nibbles - 16 * (nibbles > 7)).permute(0, 2, 1, 3)
+        units = packed.data.view(-1, groups * 4, 16, 1)
+        halves = (units >> torch.tensor([0, 8, 16, 24, 4, 12, 20, 28])) & 15
+        rows = (halves - 8).transpose(1, 2)
     return rows.reshape(-(-packed.num_out // 16) * 16, -1)[: packed.num_out, : packed.num_in].to(torch.int8)
 
 
@@ -88,6 +89,16 @@ def test_integers_are_as_near_as_their_steps() -> None:
     error = (dequantize(integers, scales) - weight).abs() / steps
     assert error[integers < 7].max() <= 0.5 + 8 / 256  # the scale is rounded to bfloat16
     assert error.max() <= 1 + 8 / 256  # the positive end is one step short
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_what_is_not_finite_does_not_come_out_as_a_number(kernels: Kernels, kind: Quantization) -> None:
+    packed = kernels.pack([random(20, 70)], kind)
+    for value in (float("nan"), float("inf")):
+        x = random(3, 70, seed=1)
+        x[1, 40] = value
+        out = kernels.linear(x, packed)
+        assert out.isfinite().all(dim=1).tolist() == [True, False, True]
 
 
 def test_linear_can_widen_its_output(native: NativeKernels) -> None:

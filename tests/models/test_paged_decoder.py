@@ -100,29 +100,32 @@ def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any], kern
     assert (ours - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kernels", [NativeKernels, ReferenceKernels, FastKernels])
 @pytest.mark.parametrize("changes", [CONFIGS["v3"], CONFIGS["v2-lite"]], ids=["v3", "v2-lite"])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_integers_are_the_model_with_rounded_weights(
-    tmp_path: Path, changes: dict[str, Any], kernels: type[Kernels], quantization: Quantization
+    tmp_path: Path, changes: dict[str, Any], quantization: Quantization
 ) -> None:
+    """torch's operators leave the inputs as they are; the native ones round them as the reference does."""
     directory = write_random_checkpoint(tmp_path / "model", tiny_config(**changes))
     reader = CheckpointReader(directory)
     as_it_is = re.compile(r"embed_tokens|norm|mlp\.gate\.|kv_b_proj|bias")
 
     def rounded(name: str) -> torch.Tensor:
         weight = reader.tensor(name)
-        if as_it_is.search(name):
-            return weight
-        return dequantize(*quantize(weight, quantization))
+        return weight if as_it_is.search(name) else dequantize(*quantize(weight, quantization))
+
+    def logits(model: Path, kernels: Kernels, quantization: Quantization | None) -> torch.Tensor:
+        decoder = make_decoder(model, torch.float32, kernels, quantization)
+        return Runner(decoder, 1).step([(0, prompt(23), 0)])[0]
 
     names = parameter_shapes(reader.config)
     save_checkpoint(tmp_path / "rounded", reader.config, ((name, rounded(name)) for name in names))
-    tokens = prompt(23)
-    (expected,) = Runner(make_decoder(tmp_path / "rounded", torch.float32), 1).step([(0, tokens, 0)])
-    (original,) = Runner(make_decoder(directory, torch.float32), 1).step([(0, tokens, 0)])
-    (ours,) = Runner(make_decoder(directory, torch.float32, kernels(), quantization), 1).step([(0, tokens, 0)])
-    assert (ours - expected).abs().max() < 1e-4 < (original - expected).abs().max()
+    original, expected = (logits(path, NativeKernels(), None) for path in (directory, tmp_path / "rounded"))
+    weights_only = logits(directory, FastKernels(), quantization)
+    assert (weights_only - expected).abs().max() < 1e-4 < (original - expected).abs().max()
+    native, reference = (logits(directory, own, quantization) for own in (NativeKernels(), ReferenceKernels()))
+    # An input at the edge of two integers may go to either, by the last bit of what came before.
+    assert (native - reference).abs().mean() < 0.05 * (native - original).abs().mean()
 
 
 @pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])

@@ -28,19 +28,11 @@ struct Vec {
         __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
     }
-    static inline Vec load(const int8_t* p) {
-        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-    }
     // Of 16 pairs of bfloat16: the second (s = 1) or the first (s = 0) of each.
     static inline Vec half(const uint16_t* p, int s) {
         __m512i raw = _mm512_loadu_si512(p);
         return {_mm512_castsi512_ps(s ? _mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u)))
                                       : _mm512_slli_epi32(raw, 16))};
-    }
-    // Of 16 units of 8 signed 4-bit integers: the i-th of each.
-    static inline Vec nibble(const uint32_t* p, int i) {
-        __m512i raw = _mm512_slli_epi32(_mm512_loadu_si512(p), 28 - 4 * i);
-        return {_mm512_cvtepi32_ps(_mm512_srai_epi32(raw, 28))};
     }
     inline void store(float* p) const { _mm512_storeu_ps(p, v); }
     inline void store(uint16_t* p) const {  // round to nearest even, NaN stays NaN
@@ -75,21 +67,12 @@ struct Vec {
         return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
     static inline Vec load(const uint16_t* p) { return {widen8(p), widen8(p + 8)}; }
-    static inline __m256 float8(const int8_t* p) {
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-    }
-    static inline Vec load(const int8_t* p) { return {float8(p), float8(p + 8)}; }
     static inline __m256 half8(const uint16_t* p, int s) {
         __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return _mm256_castsi256_ps(s ? _mm256_and_si256(raw, _mm256_set1_epi32(int(0xffff0000u)))
                                      : _mm256_slli_epi32(raw, 16));
     }
     static inline Vec half(const uint16_t* p, int s) { return {half8(p, s), half8(p + 16, s)}; }
-    static inline __m256 nibble8(const uint32_t* p, int i) {
-        __m256i raw = _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 28 - 4 * i);
-        return _mm256_cvtepi32_ps(_mm256_srai_epi32(raw, 28));
-    }
-    static inline Vec nibble(const uint32_t* p, int i) { return {nibble8(p, i), nibble8(p + 8, i)}; }
     inline void store(float* p) const { _mm256_storeu_ps(p, lo); _mm256_storeu_ps(p + 8, hi); }
     static inline __m256i rounded(__m256 x) {
         __m256i bits = _mm256_castps_si256(x);
@@ -127,12 +110,8 @@ struct Vec {
     static inline Vec all(float x) { return each([&](int) { return x; }); }
     static inline Vec load(const float* p) { return each([&](int i) { return p[i]; }); }
     static inline Vec load(const uint16_t* p) { return each([&](int i) { return widen_bits(uint32_t(p[i]) << 16); }); }
-    static inline Vec load(const int8_t* p) { return each([&](int i) { return float(p[i]); }); }
     static inline Vec half(const uint16_t* p, int s) {
         return each([&](int i) { return widen_bits(uint32_t(p[2 * i + s]) << 16); });
-    }
-    static inline Vec nibble(const uint32_t* p, int i) {
-        return each([&](int j) { return float(int32_t(p[j] << (28 - 4 * i)) >> 28); });
     }
     inline void store(float* p) const { std::memcpy(p, v, sizeof v); }
     inline void store(uint16_t* p) const {

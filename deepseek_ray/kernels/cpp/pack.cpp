@@ -39,36 +39,33 @@ void dr_pack(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64
     }
 }
 
-// Symmetric int8 with a scale per output: out [ceil(N/16)][K][16], scales [ceil(N/16)][16].
+// Symmetric int8 with a scale per output; the layout is in integer.h.
 void dr_pack_int8(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, int8_t* out, float* scales,
                   int32_t threads) {
-    const int64_t blocks = (N + kLanes - 1) / kLanes;
+    const int64_t blocks = (N + kLanes - 1) / kLanes, units = (K + 31) / 32 * 8;
 #pragma omp parallel for schedule(static) num_threads(threads) if (N * K > kSmallWork)
     for (int64_t b = 0; b < blocks; ++b)
         for (int64_t i = 0; i < kLanes; ++i) {
-            const int64_t row = b * kLanes + i;
-            int8_t* to = out + b * K * kLanes + i;
-            float& scale = scales[b * kLanes + i] = 0.0f;
-            if (row >= N) { for (int64_t k = 0; k < K; ++k) to[k * kLanes] = 0; continue; }
+            const int64_t row = b * kLanes + i, count = row < N ? K : 0;
             const void* from = at(weight, row * stride, dtype);
             Vec most = Vec::zero();
-            for (int64_t k = 0; k < K; k += kLanes) {
-                Vec v = load_some(at(from, k, dtype), K - k, dtype);
+            for (int64_t k = 0; k < count; k += kLanes) {
+                Vec v = load_some(at(from, k, dtype), count - k, dtype);
                 most = most.max(v).max(Vec::zero() - v);
             }
-            scale = max_lanes(most) / 127.0f;
+            const float scale = scales[b * kLanes + i] = max_lanes(most) / 127.0f;
             const Vec inverse = Vec::all(scale > 0 ? 1.0f / scale : 0.0f);
-            float scaled[kLanes];
-            for (int64_t k = 0; k < K; k += kLanes) {
-                (load_some(at(from, k, dtype), K - k, dtype) * inverse).store(scaled);
-                for (int64_t j = 0; j < std::min<int64_t>(kLanes, K - k); ++j)
-                    to[(k + j) * kLanes] = int8_t(std::nearbyint(scaled[j]));
+            for (int64_t k = 0; k < units * 4; k += kLanes) {
+                float scaled[kLanes] = {0};
+                if (k < count) (load_some(at(from, k, dtype), count - k, dtype) * inverse).store(scaled);
+                for (int64_t j = 0; j < kLanes; ++j)
+                    out[((b * units + (k + j) / 4) * kLanes + i) * 4 + j % 4] = int8_t(std::nearbyint(scaled[j]));
             }
         }
 }
 
-// int4 with a bfloat16 scale for 32 inputs of an output: out [ceil(N/16)][ceil(K/32)][4][16] units of 8 inputs, scales
-// [ceil(N/16)][ceil(K/32)][16]. The value of largest magnitude becomes -8, so a scale may be negative.
+// int4 with a bfloat16 scale for 32 inputs of an output; the layout is in integer.h. The value of largest magnitude
+// becomes -8, so a scale may be negative.
 void dr_pack_int4(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, uint32_t* out,
                   uint16_t* scales, int32_t threads) {
     constexpr int64_t kGroup = 32;
@@ -92,7 +89,7 @@ void dr_pack_int4(const void* weight, int64_t stride, int32_t dtype, int64_t N, 
                     uint32_t unit = 0;
                     for (int64_t j = 0; j < 8; ++j) {
                         const float near = std::nearbyint(values[u * 8 + j] * inverse);
-                        unit |= (uint32_t(int32_t(std::max(-8.0f, std::min(7.0f, near)))) & 15u) << (4 * j);
+                        unit |= uint32_t(8 + std::max(-8.0f, std::min(7.0f, near))) << (j % 4 * 8 + j / 4 * 4);
                     }
                     out[((b * groups + g) * 4 + u) * kLanes + i] = unit;
                 }

@@ -1,0 +1,199 @@
+// Matrix products with weights of 8 or 4 bits. Inputs are rounded to int8 with a scale for 32 of a row; the products of 32
+// inputs are summed exactly, in integers, and these sums, times both scales, in float32 in the order of the inputs.
+//
+//   int8      [ceil(N/16)][ceil(K/32)][8][16] units of 4 bytes with 4 inputs each, and float32 scales [ceil(N/16)][16],
+//             one for an output
+//   int4      [ceil(N/16)][ceil(K/32)][4][16] units of 4 bytes with 8 inputs each: the low halves of its bytes are the
+//             first 4, the high halves the others, each 8 more than the weight; bfloat16 scales
+//             [ceil(N/16)][ceil(K/32)][16], one for 32 inputs of an output
+
+#pragma once
+
+#include "product.h"
+
+namespace {
+
+constexpr int64_t kGroup = 32;  // inputs that share a scale
+
+// Sixteen 32-bit integers, each the sum of four products of bytes.
+#if defined(__AVX2__)
+struct Dots {
+    __m256i lo, hi;
+    static inline Dots zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    // Signed bytes of weights times those of inputs, which are -127 to 127; 4 inputs are the same for all lanes.
+    static inline __m256i signed8(const uint32_t* w, __m256i x, __m256i magnitude) {
+        __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(raw, x)), _mm256_set1_epi16(1));
+    }
+    inline void add_signed(const uint32_t* w, int32_t inputs) {
+        __m256i x = _mm256_set1_epi32(inputs), magnitude = _mm256_abs_epi8(x);
+        lo = _mm256_add_epi32(lo, signed8(w, x, magnitude));
+        hi = _mm256_add_epi32(hi, signed8(w + 8, x, magnitude));
+    }
+    // Halves of bytes, 0 to 15: `high` ones or low ones. Sums of 8 such are kept in 16 bits: 8 * 2 * 15 * 127 < 2^15.
+    static inline __m256i half8(const uint32_t* w, bool high) {
+        __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+        return _mm256_and_si256(high ? _mm256_srli_epi16(raw, 4) : raw, _mm256_set1_epi8(15));
+    }
+    inline void add_half16(const uint32_t* w, bool high, int32_t inputs) {
+        __m256i x = _mm256_set1_epi32(inputs);
+        lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(half8(w, high), x));
+        hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(half8(w + 8, high), x));
+    }
+    inline Dots widened() const {
+        const __m256i one = _mm256_set1_epi16(1);
+        return {_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, one)};
+    }
+    inline Dots minus(int32_t x) const {
+        return {_mm256_sub_epi32(lo, _mm256_set1_epi32(x)), _mm256_sub_epi32(hi, _mm256_set1_epi32(x))};
+    }
+    inline Vec to_float() const {
+#if defined(__AVX512F__)
+        return {_mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1))};
+#else
+        return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)};
+#endif
+    }
+};
+#else
+struct Dots {
+    int32_t v[kLanes];
+    static inline Dots zero() { return Dots{}; }
+    static inline int byte(uint32_t x, int i) { return int8_t(x >> (8 * i)); }
+    inline void add_signed(const uint32_t* w, int32_t inputs) {
+        for (int l = 0; l < kLanes; ++l)
+            for (int i = 0; i < 4; ++i) v[l] += byte(w[l], i) * byte(uint32_t(inputs), i);
+    }
+    inline void add_half16(const uint32_t* w, bool high, int32_t inputs) {
+        for (int l = 0; l < kLanes; ++l)
+            for (int i = 0; i < 4; ++i) v[l] += int(w[l] >> (8 * i + 4 * high) & 15) * byte(uint32_t(inputs), i);
+    }
+    inline Dots widened() const { return *this; }
+    inline Dots minus(int32_t x) const { Dots r = *this; for (int32_t& y : r.v) y -= x; return r; }
+    inline Vec to_float() const {
+        float y[kLanes];
+        for (int i = 0; i < kLanes; ++i) y[i] = float(v[i]);
+        return Vec::load(y);
+    }
+};
+#endif
+
+struct RoundedRows {
+    const int8_t* values;  // [rows][stride]
+    const float* scales;   // [rows][stride / 32]
+    const int32_t* sums;   // of the values: [rows][stride / 32]
+    int64_t stride;
+    RoundedRows from(int64_t row) const {
+        return {values + row * stride, scales + row * (stride / kGroup), sums + row * (stride / kGroup), stride};
+    }
+};
+
+struct RoundedStore {
+    std::vector<int8_t> values;
+    std::vector<float> scales;
+    std::vector<int32_t> sums;
+    int64_t stride = 0;
+
+    void make_room(int64_t rows, int64_t K) {
+        stride = (K + kGroup - 1) / kGroup * kGroup;
+        if (values.size() >= size_t(rows * stride)) return;
+        values.resize(size_t(rows * stride));
+        scales.resize(size_t(rows * stride / kGroup));
+        sums.resize(size_t(rows * stride / kGroup));
+    }
+    void put(int64_t row, const void* from, int32_t dtype, int64_t K) {
+        for (int64_t g = 0; g < stride / kGroup; ++g) {
+            const int64_t k = g * kGroup, count = K - k;
+            Vec low = load_some(at(from, k, dtype), count, dtype), high = Vec::zero();
+            if (count > kLanes) high = load_some(at(from, k + kLanes, dtype), count - kLanes, dtype);
+            Vec most = low.max(Vec::zero() - low).max(high).max(Vec::zero() - high);
+            const float largest = max_lanes(most), scale = largest / 127.0f;
+            const Vec inverse = Vec::all(scale > 0 ? 1.0f / scale : 0.0f);
+            float scaled[kGroup];
+            (low * inverse).store(scaled);
+            (high * inverse).store(scaled + kLanes);
+            int8_t* to = values.data() + row * stride + k;
+            int32_t sum = 0;
+            for (int64_t i = 0; i < kGroup; ++i) {
+                to[i] = int8_t(std::nearbyint(scaled[i]));
+                sum += to[i];
+            }
+            // What is not finite stays so: it must not come out as a number.
+            scales[row * (stride / kGroup) + g] = std::isfinite(largest) && !has_nan(scaled) ? scale : NAN;
+            sums[row * (stride / kGroup) + g] = sum;
+        }
+    }
+    static bool has_nan(const float* scaled) {
+        bool found = false;
+        for (int64_t i = 0; i < kGroup; ++i) found |= scaled[i] != scaled[i];
+        return found;
+    }
+    RoundedRows rows(int64_t first) const { return RoundedRows{values.data(), scales.data(), sums.data(), stride}.from(first); }
+};
+
+template <int Bits>
+struct Integer {
+    static constexpr int64_t kUnits = kGroup * Bits / 32;  // of 4 bytes, for 32 inputs of an output
+    using Weight = uint32_t;
+    using Rows = RoundedRows;
+    using Store = RoundedStore;
+
+    static bool takes(const Call&) { return false; }
+    static Rows rows_at(const void*, int64_t) { return {}; }
+    static int64_t groups(int64_t K) { return (K + kGroup - 1) / kGroup; }
+    static int64_t block_stride(int64_t K) { return groups(K) * kUnits * kLanes; }
+    static const void* scales_of(const void* scales, int64_t block, int64_t K) {
+        if constexpr (Bits == 8) return static_cast<const float*>(scales) + block * kLanes;
+        else return static_cast<const uint16_t*>(scales) + block * groups(K) * kLanes;
+    }
+
+    template <int R, int B>
+    static inline void tile(Rows x, const uint32_t* w, int64_t K, const void* scales, int64_t k0, int64_t k1, Carry carry,
+                            const Output* out) {
+        const int64_t stride = block_stride(K);
+        Vec sums[R][B];
+        carry.load(sums, k0 == 0);
+        for (int64_t g = k0 / kGroup; g < (k1 + kGroup - 1) / kGroup; ++g) {
+            Dots dots[R][B];
+            for (int b = 0; b < B; ++b) for (int r = 0; r < R; ++r) dots[r][b] = Dots::zero();
+            for (int64_t u = 0; u < kUnits; ++u) {
+                const uint32_t* units = w + (g * kUnits + u) * kLanes;
+                for (int b = 0; b < B; ++b) fetch_ahead(units + b * stride);
+                for (int r = 0; r < R; ++r) {
+                    int32_t inputs[2];
+                    std::memcpy(inputs, x.values + r * x.stride + g * kGroup + u * (kGroup / kUnits), 32 / kUnits);
+                    for (int b = 0; b < B; ++b) {
+                        if constexpr (Bits == 8) {
+                            dots[r][b].add_signed(units + b * stride, inputs[0]);
+                        } else {
+                            dots[r][b].add_half16(units + b * stride, false, inputs[0]);
+                            dots[r][b].add_half16(units + b * stride, true, inputs[1]);
+                        }
+                    }
+                }
+            }
+            for (int r = 0; r < R; ++r) {
+                const int64_t place = r * (x.stride / kGroup) + g;
+                for (int b = 0; b < B; ++b) {
+                    if constexpr (Bits == 8) {
+                        sums[r][b] = sums[r][b].fma(dots[r][b].to_float(), Vec::all(x.scales[place]));
+                    } else {
+                        Vec scale = Vec::load(static_cast<const uint16_t*>(scales) + (b * groups(K) + g) * kLanes);
+                        Vec dot = dots[r][b].widened().minus(8 * x.sums[place]).to_float();
+                        sums[r][b] = sums[r][b].fma(dot, scale * Vec::all(x.scales[place]));
+                    }
+                }
+            }
+        }
+        if (!out) return carry.keep(sums);
+        for (int b = 0; b < B; ++b)
+            for (int r = 0; r < R; ++r) {
+                if constexpr (Bits == 8)
+                    out->put(sums[r][b] * Vec::load(static_cast<const float*>(scales) + b * kLanes), r, b * kLanes);
+                else
+                    out->put(sums[r][b], r, b * kLanes);
+            }
+    }
+};
+
+}  // namespace

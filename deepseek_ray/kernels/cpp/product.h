@@ -1,0 +1,179 @@
+// How a grouped matrix product is cut into tiles. What a tile computes, with which weights and inputs, is a Kind:
+//
+//   Kind::Weight                     element of the packed weight
+//   Kind::Rows                       inputs of the rows of one group; `from(r)` are those from row r on
+//   Kind::Store                      inputs as the tiles want them, of all groups; made once per product
+//   Kind::kStep                      inputs that are taken together: runs of inputs begin at multiples of it
+//   Kind::block_stride(K)            elements of Weight in a block of 16 columns
+//   Kind::tile<R, B>(...)            R rows by B blocks over the inputs [k0, k1)
+//
+// A row's bits never depend on the other rows, on their number or on the number of threads: every output element has an
+// accumulator of its own, which takes the products in one order.
+
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers, two blocks of columns beside each other
+constexpr int blocks_of(int) { return 2; }
+#else
+constexpr int kMaxRows = 6;  // 12 of 16
+constexpr int blocks_of(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#endif
+constexpr int64_t kPanel = 72;      // rows whose inputs stay in the second-level cache
+constexpr int64_t kInputs = 1024;   // inputs that are taken together where rows are many
+constexpr int64_t kAhead = 1536;    // bytes by which weights are fetched before they are used
+
+inline void fetch_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead); }
+
+struct Output {
+    void* data;      // of the first row and column
+    int64_t stride;  // elements
+    int32_t dtype;
+    int64_t columns;
+
+    void put(Vec x, int64_t row, int64_t column) const {
+        store_some(x, at(data, row * stride + column, dtype), columns - column, dtype);
+    }
+};
+
+// Sums between two runs of inputs: [B][R][16], each block `stride` further.
+struct Carry {
+    float* data;
+    int64_t stride;
+
+    float* of(int row, int block) const { return data + block * stride + row * kLanes; }
+    template <int R, int B> void load(Vec (&sums)[R][B], bool first) const {
+        for (int b = 0; b < B; ++b)
+            for (int r = 0; r < R; ++r) sums[r][b] = first ? Vec::zero() : Vec::load(of(r, b));
+    }
+    template <int R, int B> void keep(const Vec (&sums)[R][B]) const {
+        for (int b = 0; b < B; ++b) for (int r = 0; r < R; ++r) sums[r][b].store(of(r, b));
+    }
+};
+
+// One matrix and the rows that meet it.
+template <typename Kind>
+struct Product {
+    typename Kind::Rows x;
+    int64_t rows;
+    const typename Kind::Weight* w;
+    const void* scales;
+    int64_t num_out, num_in;
+    void* out;
+    int64_t out_stride;
+    int32_t out_dtype;
+
+    template <int R, int B>
+    void run_tile(int64_t row, int64_t block, int64_t k0, int64_t k1, Carry carry) const {
+        Output output{at(out, row * out_stride + block * kLanes, out_dtype), out_stride, out_dtype,
+                      num_out - block * kLanes};
+        Kind::template tile<R, B>(x.from(row), w + block * Kind::block_stride(num_in), num_in,
+                                  Kind::scales_of(scales, block, num_in), k0, k1, carry, k1 == num_in ? &output : nullptr);
+    }
+
+    // R rows of the blocks [first, last): groups of B(R) as long as there are, and the rest one by one.
+    template <int R>
+    void run_rows(int64_t row, int64_t first, int64_t last, int64_t k0, int64_t k1, Carry carry) const {
+        constexpr int B = blocks_of(R);
+        int64_t b = first;
+        for (; b + B <= last; b += B) run_tile<R, B>(row, b, k0, k1, {carry.of(0, int(b - first)), carry.stride});
+        for (; b < last; ++b) run_tile<R, 1>(row, b, k0, k1, {carry.of(0, int(b - first)), carry.stride});
+    }
+
+    template <int R = kMaxRows>
+    void run_rows_of(int64_t count, int64_t row, int64_t first, int64_t last, int64_t k0, int64_t k1, Carry carry) const {
+        if constexpr (R > 0) {
+            if (count == R) run_rows<R>(row, first, last, k0, k1, carry);
+            else run_rows_of<R - 1>(count, row, first, last, k0, k1, carry);
+        }
+    }
+
+    // All rows against the blocks [first, last). Rows are cut into panels, panels into tiles of like heights.
+    void run(int64_t first, int64_t last) const {
+        thread_local std::vector<float> sums;
+        const int64_t panels = (rows + kPanel - 1) / kPanel, group = blocks_of(kMaxRows);
+        for (int64_t p = 0; p < panels; ++p) {
+            const int64_t begin = rows * p / panels, height = rows * (p + 1) / panels - begin;
+            const int64_t tiles = (height + kMaxRows - 1) / kMaxRows;
+            const int64_t inputs = tiles > 2 ? kInputs : num_in;
+            if (tiles > 2) sums.resize(size_t((last - first) * height * kLanes));
+            for (int64_t k0 = 0; k0 < num_in; k0 += inputs)
+                for (int64_t b = first; b < last; b += tiles > 1 ? group : last - first)
+                    for (int64_t t = 0; t < tiles; ++t) {
+                        const int64_t top = height * t / tiles, count = height * (t + 1) / tiles - top;
+                        const Carry carry{sums.data() + ((b - first) * height + top) * kLanes, height * kLanes};
+                        run_rows_of(count, begin + top, b, tiles > 1 ? std::min(last, b + group) : last, k0,
+                                    std::min(num_in, k0 + inputs), carry);
+                    }
+        }
+    }
+};
+
+struct Call {
+    int64_t groups;
+    const int64_t* rows;
+    const void* const* x;
+    int64_t x_stride;
+    int32_t x_dtype;
+    const void* const* weights;
+    const void* const* scales;
+    void* const* out;
+    int64_t out_stride;
+    int32_t out_dtype;
+    int64_t N, K;
+    int32_t threads;
+};
+
+template <typename Kind>
+void run_call(const Call& call) {
+    thread_local typename Kind::Store store_of_thread;
+    typename Kind::Store& store = store_of_thread;  // the caller's: a thread of OpenMP has another
+    int64_t total = 0, busy = 0;
+    std::vector<int64_t> first(call.groups);
+    for (int64_t g = 0; g < call.groups; ++g) {
+        first[g] = total;
+        total += call.rows[g];
+        busy += call.rows[g] > 0;
+    }
+    if (!total) return;
+    const bool as_is = Kind::takes(call);
+    if (!as_is) store.make_room(total, call.K);
+    const int64_t blocks = (call.N + kLanes - 1) / kLanes;
+    const int32_t threads = total * call.N * call.K < kSmallWork ? 1 : call.threads;
+    // A task is a run of column blocks of one group: enough tasks to balance, few enough to keep rows in cache.
+    int64_t chunk = std::max<int64_t>(4, (blocks * busy + int64_t(threads) * 8 - 1) / (int64_t(threads) * 8));
+    chunk = std::min((chunk + 3) / 4 * 4, blocks);
+    const int64_t chunks = (blocks + chunk - 1) / chunk;
+#pragma omp parallel num_threads(threads)
+    {
+        if (!as_is) {
+            for (int64_t g = 0; g < call.groups; ++g) {
+#pragma omp for schedule(static) nowait
+                for (int64_t r = 0; r < call.rows[g]; ++r)
+                    store.put(first[g] + r, at(call.x[g], r * call.x_stride, call.x_dtype), call.x_dtype, call.K);
+            }
+#pragma omp barrier
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < call.groups * chunks; ++task) {
+            const int64_t g = task / chunks, c = task % chunks;
+            if (!call.rows[g]) continue;
+            Product<Kind> product{as_is ? Kind::rows_at(call.x[g], call.x_stride) : store.rows(first[g]),
+                                  call.rows[g],
+                                  static_cast<const typename Kind::Weight*>(call.weights[g]),
+                                  call.scales ? call.scales[g] : nullptr,
+                                  call.N,
+                                  call.K,
+                                  call.out[g],
+                                  call.out_stride,
+                                  call.out_dtype};
+            product.run(c * chunk, std::min(blocks, (c + 1) * chunk));
+        }
+    }
+}
+
+}  // namespace

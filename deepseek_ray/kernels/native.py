@@ -22,8 +22,8 @@ from deepseek_ray.kernels.quantize import INT4_GROUP, Quantization
 _SOURCES = Path(__file__).with_name("cpp")
 # No contraction: a multiply-add is fused exactly where the source says so, in every template instance and loop tail.
 _FLAGS = [
-    *["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
-    *["-fopenmp", "-fPIC", "-shared"],
+    *["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+    *["-pthread", "-fPIC", "-shared"],
 ]
 _LANES = 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}

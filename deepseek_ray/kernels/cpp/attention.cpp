@@ -5,6 +5,7 @@
 // head's bits depend on its query and on its context alone, never on the batch, on other heads or on the threads.
 
 #include "lanes.h"
+#include "pool.h"
 
 namespace {
 
@@ -145,30 +146,25 @@ void dr_latent_attention(const float* query, const void* cache, int32_t cache_dt
     if (work < kSmallWork) threads = 1;
     // Reading a latent costs once per token if one thread has all of its heads; few tokens are divided all the same.
     const int64_t parts = tokens < 2 * threads ? std::min<int64_t>(heads, threads) : 1;
-#pragma omp parallel num_threads(threads)
-    {
+    pool::run(tokens * parts, threads, [&](int64_t task) {
         thread_local Heads state;
-#pragma omp for schedule(dynamic, 1) collapse(2)
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t part = 0; part < parts; ++part) {
-                const int64_t first = heads * part / parts, number = heads * (part + 1) / parts - first;
-                const int64_t context = positions[t] + 1;
-                const int32_t* table = block_tables + int64_t(sequence_rows[t]) * max_blocks;
-                state.start(query + (t * heads + first) * width, number, width, value_width);
-                for (int64_t begin = 0; begin < context; begin += kPositions) {
-                    const int64_t count = std::min(kPositions, context - begin);
-                    for (int64_t j = 0; j < count; ++j) {
-                        const int64_t slot = int64_t(table[(begin + j) / block_size]) * block_size + (begin + j) % block_size;
-                        const void* row = at(cache, slot * width, cache_dtype);
-                        for (int64_t i = 0; i < width; i += kLanes)
-                            load_some(at(row, i, cache_dtype), width - i, cache_dtype)
-                                .store(state.latents.data() + j * wide + i);
-                    }
-                    state.add(number, count, wide, value_width, scale);
-                }
-                state.finish(number, value_width, out + (t * heads + first) * value_width);
+        const int64_t t = task / parts, part = task % parts;
+        const int64_t first = heads * part / parts, number = heads * (part + 1) / parts - first;
+        const int64_t context = positions[t] + 1;
+        const int32_t* table = block_tables + int64_t(sequence_rows[t]) * max_blocks;
+        state.start(query + (t * heads + first) * width, number, width, value_width);
+        for (int64_t begin = 0; begin < context; begin += kPositions) {
+            const int64_t count = std::min(kPositions, context - begin);
+            for (int64_t j = 0; j < count; ++j) {
+                const int64_t slot = int64_t(table[(begin + j) / block_size]) * block_size + (begin + j) % block_size;
+                const void* row = at(cache, slot * width, cache_dtype);
+                for (int64_t i = 0; i < width; i += kLanes)
+                    load_some(at(row, i, cache_dtype), width - i, cache_dtype).store(state.latents.data() + j * wide + i);
             }
-    }
+            state.add(number, count, wide, value_width, scale);
+        }
+        state.finish(number, value_width, out + (t * heads + first) * value_width);
+    });
 }
 
 }  // extern "C"

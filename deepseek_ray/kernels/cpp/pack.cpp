@@ -1,6 +1,7 @@
 // Weights [N, K] into the layout of linear.cpp.
 
 #include "lanes.h"
+#include "pool.h"
 
 namespace {
 
@@ -21,8 +22,7 @@ extern "C" {
 // out: [ceil(N/16)][ceil(K/step)][16] units of 4 bytes. The rows of `weight` are `stride` elements apart.
 void dr_pack(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, uint32_t* out, int32_t threads) {
     const int64_t units = dtype == kFloat32 ? K : (K + 1) / 2, blocks = (N + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static) num_threads(threads) if (N * K > kSmallWork)
-    for (int64_t b = 0; b < blocks; ++b) {
+    pool::run(blocks, N * K > kSmallWork ? threads : 1, [&](int64_t b) {
         uint32_t* to = out + b * units * kLanes;
         for (int64_t begin = 0; begin < units; begin += kTogether) {
             const int64_t end = std::min(units, begin + kTogether);
@@ -36,15 +36,14 @@ void dr_pack(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64
                 }
             }
         }
-    }
+    });
 }
 
 // Symmetric int8 with a scale per output; the layout is in integer.h.
 void dr_pack_int8(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, int8_t* out, float* scales,
                   int32_t threads) {
     const int64_t blocks = (N + kLanes - 1) / kLanes, units = (K + 31) / 32 * 8;
-#pragma omp parallel for schedule(static) num_threads(threads) if (N * K > kSmallWork)
-    for (int64_t b = 0; b < blocks; ++b)
+    pool::run(blocks, N * K > kSmallWork ? threads : 1, [&](int64_t b) {
         for (int64_t i = 0; i < kLanes; ++i) {
             const int64_t row = b * kLanes + i, count = row < N ? K : 0;
             const void* from = at(weight, row * stride, dtype);
@@ -62,6 +61,7 @@ void dr_pack_int8(const void* weight, int64_t stride, int32_t dtype, int64_t N, 
                     out[((b * units + (k + j) / 4) * kLanes + i) * 4 + j % 4] = int8_t(std::nearbyint(scaled[j]));
             }
         }
+    });
 }
 
 // int4 with a bfloat16 scale for 32 inputs of an output; the layout is in integer.h. The value of largest magnitude
@@ -70,8 +70,7 @@ void dr_pack_int4(const void* weight, int64_t stride, int32_t dtype, int64_t N, 
                   uint16_t* scales, int32_t threads) {
     constexpr int64_t kGroup = 32;
     const int64_t blocks = (N + kLanes - 1) / kLanes, groups = (K + kGroup - 1) / kGroup;
-#pragma omp parallel for schedule(static) num_threads(threads) if (N * K > kSmallWork)
-    for (int64_t b = 0; b < blocks; ++b)
+    pool::run(blocks, N * K > kSmallWork ? threads : 1, [&](int64_t b) {
         for (int64_t i = 0; i < kLanes; ++i)
             for (int64_t g = 0; g < groups; ++g) {
                 const int64_t row = b * kLanes + i, count = row < N ? std::min(kGroup, K - g * kGroup) : 0;
@@ -94,6 +93,7 @@ void dr_pack_int4(const void* weight, int64_t stride, int32_t dtype, int64_t N, 
                     out[((b * groups + g) * 4 + u) * kLanes + i] = unit;
                 }
             }
+    });
 }
 
 }  // extern "C"

@@ -1,14 +1,14 @@
 // Norms, activations and gate scores: row by row, statistics in float32.
 
 #include "lanes.h"
+#include "pool.h"
 
 extern "C" {
 
 // out = x * rsqrt(mean(x^2) + eps) * weight. x and out share a dtype; weight is float32.
 void dr_rms_norm(const void* x, int64_t x_stride, const float* weight, void* out, int64_t out_stride, int32_t dtype,
                  int64_t rows, int64_t width, float eps, int32_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > kSmallWork)
-    for (int64_t r = 0; r < rows; ++r) {
+    pool::run(rows, rows * width > kSmallWork ? threads : 1, [&](int64_t r) {
         const void* row = at(x, r * x_stride, dtype);
         Vec squares = Vec::zero();
         for (int64_t i = 0; i < width; i += kLanes) {
@@ -20,19 +20,19 @@ void dr_rms_norm(const void* x, int64_t x_stride, const float* weight, void* out
             Vec v = load_some(at(row, i, dtype), width - i, dtype) * scale;
             store_some(v * load_some(weight + i, width - i, kFloat32), at(out, r * out_stride + i, dtype), width - i, dtype);
         }
-    }
+    });
 }
 
 // gate_up [rows, 2 * width] -> out [rows, width] = silu(gate) * up, in float32, rounded once.
 void dr_silu_mul(const void* gate_up, void* out, int32_t dtype, int64_t rows, int64_t width, int32_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > kSmallWork / 2)
-    for (int64_t r = 0; r < rows; ++r)
+    pool::run(rows, rows * width > kSmallWork / 2 ? threads : 1, [&](int64_t r) {
         for (int64_t i = 0; i < width; i += kLanes) {
             Vec gate = load_some(at(gate_up, r * 2 * width + i, dtype), width - i, dtype);
             Vec up = load_some(at(gate_up, (r * 2 + 1) * width + i, dtype), width - i, dtype);
             Vec silu = gate / (Vec::all(1.0f) + exp_of(Vec::zero() - gate));
             store_some(silu * up, at(out, r * width + i, dtype), width - i, dtype);
         }
+    });
 }
 
 // logits [rows, width] float32 -> scores, in place. kind 0: sigmoid, 1: softmax.

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "pool.h"
 
 namespace {
 
@@ -131,7 +132,7 @@ struct Call {
 template <typename Kind>
 void run_call(const Call& call) {
     thread_local typename Kind::Store store_of_thread;
-    typename Kind::Store& store = store_of_thread;  // the caller's: a thread of OpenMP has another
+    typename Kind::Store& store = store_of_thread;  // the caller's: a thread of the pool has another
     int64_t total = 0, busy = 0;
     std::vector<int64_t> first(call.groups);
     for (int64_t g = 0; g < call.groups; ++g) {
@@ -148,32 +149,28 @@ void run_call(const Call& call) {
     int64_t chunk = std::max<int64_t>(4, (blocks * busy + int64_t(threads) * 8 - 1) / (int64_t(threads) * 8));
     chunk = std::min((chunk + 3) / 4 * 4, blocks);
     const int64_t chunks = (blocks + chunk - 1) / chunk;
-#pragma omp parallel num_threads(threads)
-    {
-        if (!as_is) {
-            for (int64_t g = 0; g < call.groups; ++g) {
-#pragma omp for schedule(static) nowait
-                for (int64_t r = 0; r < call.rows[g]; ++r)
-                    store.put(first[g] + r, at(call.x[g], r * call.x_stride, call.x_dtype), call.x_dtype, call.K);
-            }
-#pragma omp barrier
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < call.groups * chunks; ++task) {
-            const int64_t g = task / chunks, c = task % chunks;
-            if (!call.rows[g]) continue;
-            Product<Kind> product{as_is ? Kind::rows_at(call.x[g], call.x_stride) : store.rows(first[g]),
-                                  call.rows[g],
-                                  static_cast<const typename Kind::Weight*>(call.weights[g]),
-                                  call.scales ? call.scales[g] : nullptr,
-                                  call.N,
-                                  call.K,
-                                  call.out[g],
-                                  call.out_stride,
-                                  call.out_dtype};
-            product.run(c * chunk, std::min(blocks, (c + 1) * chunk));
-        }
+    if (!as_is) {
+        std::vector<int64_t> group_of(total);
+        for (int64_t g = 0; g < call.groups; ++g) std::fill_n(group_of.begin() + first[g], call.rows[g], g);
+        pool::run(total, total * call.K < kSmallWork ? 1 : threads, [&](int64_t row) {
+            const int64_t g = group_of[row];
+            store.put(row, at(call.x[g], (row - first[g]) * call.x_stride, call.x_dtype), call.x_dtype, call.K);
+        });
     }
+    pool::run(call.groups * chunks, threads, [&](int64_t task) {
+        const int64_t g = task / chunks, c = task % chunks;
+        if (!call.rows[g]) return;
+        Product<Kind> product{as_is ? Kind::rows_at(call.x[g], call.x_stride) : store.rows(first[g]),
+                              call.rows[g],
+                              static_cast<const typename Kind::Weight*>(call.weights[g]),
+                              call.scales ? call.scales[g] : nullptr,
+                              call.N,
+                              call.K,
+                              call.out[g],
+                              call.out_stride,
+                              call.out_dtype};
+        product.run(c * chunk, std::min(blocks, (c + 1) * chunk));
+    });
 }
 
 }  // namespace

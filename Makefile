@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv quickstart test test-slow check bench chaos test-gpu clean
+.PHONY: venv quickstart test test-slow check bench bench-check chaos test-gpu clean
 
 venv: $(STAMP)
 
@@ -31,6 +31,9 @@ check: venv
 
 bench: venv
 	@$(BIN)/python -m benchmarks.run
+
+bench-check: venv
+	@$(BIN)/python -m benchmarks.check
 
 chaos: venv
 	@$(BIN)/python -m benchmarks.failures runs/quickstart/model

@@ -1,8 +1,10 @@
-"""Prefill and decode speed of `LLM` (local and actors) against transformers on bench-mini, in one run.
+"""Prefill and decode speed of `LLM` (local, actors, int8, int4) against transformers, llama.cpp and vLLM on bench-mini.
 
-    python -m benchmarks.generation [--rounds 3] [--threads 2]
+    python -m benchmarks.generation [--rounds 3] [--threads 2] [--systems local llama.cpp ...]
 
-Rounds are interleaved (A B C, A B C, ...); the table holds medians over rounds of the median step.
+Every round starts each system anew (together they do not fit into memory), lets it warm up and measures all cases, so
+rounds are interleaved (A B C, A B C, ...); the table holds medians over rounds of the median step. Peers that are not
+installed are left out with a word: python -m benchmarks.peers.setup.
 """
 
 from __future__ import annotations
@@ -13,33 +15,48 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_model import bench_mini_dir
+from benchmarks.bench_model import BENCH_MINI, bench_mini_dir
+from benchmarks.generation_drivers import DRIVERS
+from benchmarks.peers.environments import gguf_of, is_there, python_of
 from benchmarks.results_file import write_results
+from benchmarks.roofline import Probes, probe, step_seconds
 
-CASES = ((1, 128, 24), (8, 128, 16), (32, 128, 8))
+CASES = ((1, 128, 24), (8, 128, 12), (32, 32, 8))
 """(sequences, prompt tokens, output tokens)."""
-SYSTEMS = ("transformers", "local", "actors")
+WARM_UP = {"sequences": 2, "prompt": 8, "tokens": 4, "seed": 0}
+PEERS = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
+"""Name in the table -> environment."""
+SYSTEMS = ("transformers", *PEERS, *(name for name in DRIVERS if name != "transformers"))
 
 
 class Driver:
-    """One system in a process of its own, alive for the whole run."""
+    """One system in a process of its own."""
 
     def __init__(self, system: str, model_dir: Path, threads: int) -> None:
-        environment = {
-            **os.environ,
+        variables = {
             "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "GOMP_SPINCOUNT": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "4",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, "-m", "benchmarks.generation_drivers", system, str(model_dir), str(threads)]
+        started = time.perf_counter()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            _command(system, model_dir, threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **variables},
         )
-        assert self._answer()["ready"] == system
+        self._answer()
+        self.start_seconds = time.perf_counter() - started
 
     def measure(self, **request: int) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -50,7 +67,7 @@ class Driver:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=120)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -60,35 +77,86 @@ class Driver:
         return json.loads(line)
 
 
+def _command(system: str, model_dir: Path, threads: int) -> list[str]:
+    if system not in PEERS:
+        return [sys.executable, "-m", "benchmarks.generation_drivers", system, str(model_dir), str(threads)]
+    peer = PEERS[system]
+    model = gguf_of(model_dir) if system == "llama.cpp" else model_dir
+    return [str(python_of(peer)), f"benchmarks/peers/{peer}_driver.py", str(model), str(threads)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    rows = measure_systems(SYSTEMS, arguments.rounds, arguments.threads)
-    write_results("generation", {"threads": arguments.threads, "rounds": arguments.rounds, "rows": rows})
-
-
-def measure_systems(systems: Sequence[str], rounds: int, threads: int) -> list[dict[str, Any]]:
-    """A row for each case and system, medians over interleaved rounds; says them as well."""
-    model_dir = bench_mini_dir()
-    drivers = {system: Driver(system, model_dir, threads) for system in systems}
-    samples: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for round_index in range(rounds + 1):  # the first one warms up
-        for sequences, prompt, tokens in CASES:
-            for system, driver in drivers.items():
-                measured = driver.measure(sequences=sequences, prompt=prompt, tokens=tokens, seed=round_index)
-                if round_index:
-                    samples.setdefault((system, sequences), []).append(measured)
-    for driver in drivers.values():
-        driver.close()
-    rows = [_row(system, case, samples[system, case[0]]) for case in CASES for system in systems]
-    for row in rows:
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    options = parser.parse_args()
+    systems = [name for name in options.systems if name not in PEERS or is_there(PEERS[name])]
+    result = measure(systems, options.rounds, options.threads)
+    for row in result["rows"]:
         print(
             f"{row['system']:>12}  {row['sequences']:>2} sequences  prefill {row['prefill_tokens_per_second']:7.1f}  "
             f"decode {row['decode_tokens_per_second']:7.1f} tokens/s"
         )
-    return rows
+    path = write_results("generation", result)
+    plot(result["rows"], result["roofline_step_milliseconds"], path.with_suffix(".png"))
+
+
+def measure(systems: Sequence[str], rounds: int, threads: int) -> dict[str, Any]:
+    """What the results file holds: a row for each case and system, seconds to ready, and the machine's limits."""
+    model_dir = bench_mini_dir()
+    samples: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    starts: dict[str, list[float]] = {}
+    probes: list[Probes] = []
+    for seed in range(1, rounds + 1):
+        probes.append(probe(threads))
+        for system in systems:
+            driver = Driver(system, model_dir, threads)
+            starts.setdefault(system, []).append(driver.start_seconds)
+            driver.measure(**WARM_UP)
+            for sequences, prompt, tokens in CASES:
+                measured = driver.measure(sequences=sequences, prompt=prompt, tokens=tokens, seed=seed)
+                samples.setdefault((system, sequences), []).append(measured)
+            driver.close()
+            print(f"round {seed}: {system}, ready after {driver.start_seconds:.1f} s", flush=True)
+    return {
+        "threads": threads,
+        "rounds": rounds,
+        "rows": [_row(system, case, samples[system, case[0]]) for case in CASES for system in systems],
+        "ready_seconds": {system: statistics.median(seconds) for system, seconds in starts.items()},
+        "roofline_step_milliseconds": {
+            sequences: _bound(probes, sequences, prompt + tokens // 2) for sequences, prompt, tokens in CASES
+        },
+        "probes": [each._asdict() for each in probes],
+    }
+
+
+def plot(rows: list[dict[str, Any]], bounds: dict[int, float], path: Path) -> None:
+    """Decode speed of every system at every number of sequences, and the machine's limit as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(bounds), figsize=(11, 3.6), layout="constrained")
+    for axis, (sequences, bound) in zip(axes, bounds.items(), strict=True):
+        own = [row for row in rows if row["sequences"] == sequences]
+        colours = ["tab:grey" if row["system"] in ("transformers", *PEERS) else "tab:blue" for row in own]
+        names = [row["system"] for row in own]
+        bars = axis.barh(names, [row["decode_tokens_per_second"] for row in own], color=colours)
+        axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+        axis.axvline(1000 * sequences / bound, color="black", linewidth=1, linestyle="--", label="limit, bfloat16")
+        axis.set_title(f"{sequences} sequence{'s' if sequences > 1 else ''}")
+        axis.set_xlabel("decode tokens/s")
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def _bound(probes: list[Probes], sequences: int, context: int) -> float:
+    """Milliseconds, median over rounds."""
+    return 1000 * statistics.median(step_seconds(BENCH_MINI, sequences, context, each) for each in probes)
 
 
 def _row(system: str, case: tuple[int, int, int], samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,6 +166,7 @@ def _row(system: str, case: tuple[int, int, int], samples: list[dict[str, Any]])
     return {
         "system": system,
         "sequences": sequences,
+        "prompt": prompt,
         "prefill_tokens_per_second": sequences * prompt / prefill,
         "decode_tokens_per_second": sequences / step,
         "decode_step_milliseconds": step * 1000,

@@ -7,6 +7,7 @@ collapses onto one token, hence onto few experts.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -26,7 +27,7 @@ Measure = Callable[[dict[str, Any]], dict[str, Any]]
 def main() -> None:
     system, model_dir, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(threads)
-    measure = SYSTEMS[system](model_dir, threads)
+    measure = DRIVERS[system](model_dir, threads)
     print(json.dumps({"ready": system}), flush=True)
     for line in sys.stdin:
         print(json.dumps(measure(json.loads(line))), flush=True)
@@ -53,27 +54,29 @@ def transformers_driver(model_dir: str, threads: int) -> Measure:
     return measure
 
 
-def local_driver(model_dir: str, threads: int) -> Measure:
-    return _measure(LocalBackend(_config(model_dir, threads)))
+def local_driver(model_dir: str, threads: int, **changes: Any) -> Measure:
+    return _measure(LocalBackend(_config(model_dir, threads).model_copy(update=changes)))
 
 
 def fast_driver(model_dir: str, threads: int) -> Measure:
-    config = _config(model_dir, threads)
-    engine = config.engine.model_copy(update={"deterministic": False})
-    return _measure(LocalBackend(config.model_copy(update={"engine": engine})))
+    engine = _config(model_dir, threads).engine.model_copy(update={"deterministic": False})
+    return local_driver(model_dir, threads, engine=engine)
 
 
 def actors_driver(model_dir: str, threads: int) -> Measure:
+    """Two shards that hold all experts: on one node they share the memory of the packed files."""
     from deepseek_ray.actors.offline import ActorsBackend
 
-    return _measure(ActorsBackend(_config(model_dir, threads)))
+    return _measure(ActorsBackend(_config(model_dir, threads).model_copy(update={"expert_replicas": 2})))
 
 
-SYSTEMS: dict[str, Callable[[str, int], Measure]] = {
+DRIVERS: dict[str, Callable[[str, int], Measure]] = {
     "transformers": transformers_driver,
     "local": local_driver,
-    "fast": fast_driver,
     "actors": actors_driver,
+    "fast": fast_driver,
+    "int8": functools.partial(local_driver, quantization="int8"),
+    "int4": functools.partial(local_driver, quantization="int4"),
 }
 
 

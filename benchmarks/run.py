@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("frame_round_trip", "generation", "deterministic", "strategies", "placement", "tuning")
+BENCHMARKS = ("frame_round_trip", "generation", "long_context", "strategies", "placement", "tuning")
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks.results_file import RESULTS
 
+Rows = dict[tuple[str, int], dict[str, Any]]
+"""(system, sequences) -> what was measured."""
 PAGE = RESULTS.parent.parent / "docs" / "performance.md"
 _HEAD = """# Speed
 
@@ -24,7 +26,8 @@ This page is written by `python -m benchmarks.tables` from `benchmarks/results/`
 def main() -> None:
     written = {
         "generation": generation_section,
-        "deterministic": deterministic_section,
+        "quantization": quantization_section,
+        "long_context": long_context_section,
         "frame_round_trip": frames_section,
         "placement": placement_section,
         "strategies": strategies_section,
@@ -53,46 +56,111 @@ def newest(what: str) -> dict[str, Any]:
     return {**json.loads(Path(path).read_text()), "file": path.name}
 
 
+PEERS = ("transformers", "llama.cpp", "vllm")
+OWN = ("local", "actors")
+_LIMITS = "The limit is the sum over operators of max(bytes / read bandwidth, FLOP / matmul rate), measured in the run"
+
+
 def generation_section(result: dict[str, Any]) -> str:
-    """Tokens per second of each system, and ours as a ratio to transformers."""
+    """Tokens per second of each system, against the best peer of the same run and against the machine's limit."""
     rows = {(row["system"], row["sequences"]): row for row in result["rows"]}
+    bounds = {int(sequences): bound for sequences, bound in result["roofline_step_milliseconds"].items()}
+    plot = Path(result["file"]).with_suffix(".png").name
     lines = [
-        "## Generation: `LLM` against transformers on bench-mini",
+        "## Generation: `LLM` against transformers, llama.cpp and vLLM on bench-mini",
         "",
-        f"{_machine(result)}, {result['threads']} threads, bfloat16, prompt 128, medians of {result['rounds']} rounds "
-        f"(`{result['file']}`).",
+        f"{_machine(result)}, {result['threads']} threads, bfloat16, medians of {result['rounds']} rounds "
+        f"(`{result['file']}`). {_LIMITS}. Actors: 1 attention worker, 2 shards.",
         "",
-        "| sequences | system | prefill tokens/s | decode tokens/s | decode against transformers |",
-        "|---|---|---|---|---|",
+        f"![tokens per second of each system](../benchmarks/results/{plot})",
+        "",
+        "| sequences x prompt | system | prefill tokens/s | against the best peer | decode tokens/s "
+        "| against the best peer | of the limit |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (system, sequences), row in rows.items():
-        base = rows["transformers", sequences]["decode_tokens_per_second"]
-        lines.append(
-            f"| {sequences} | {system} | {row['prefill_tokens_per_second']:.0f} | "
-            f"{row['decode_tokens_per_second']:.1f} | {row['decode_tokens_per_second'] / base:.2f}x |"
-        )
-    return "\n".join([*lines, ""])
+        if system in (*PEERS, *OWN):
+            cells = [f"{sequences} x {row['prompt']}", system]
+            for phase in ("prefill", "decode"):
+                speed = row[f"{phase}_tokens_per_second"]
+                cells += [f"{speed:.1f}", f"{speed / _best_peer(rows, sequences, phase):.2f}x"]
+            cells.append(f"{bounds[sequences] / row['decode_step_milliseconds']:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    ready = ", ".join(f"{system} {seconds:.1f} s" for system, seconds in result["ready_seconds"].items())
+    lines += ["", f"From the start of the process to ready: {ready}.", ""]
+    return "\n".join([*lines, *_deterministic(rows), *_integers(rows)])
 
 
-def deterministic_section(result: dict[str, Any]) -> str:
-    rows = {(row["system"], row["sequences"]): row for row in result["rows"]}
+def _best_peer(rows: Rows, sequences: int, phase: str) -> float:
+    return max(rows[peer, sequences][f"{phase}_tokens_per_second"] for peer in PEERS if (peer, sequences) in rows)
+
+
+def _deterministic(rows: Rows) -> list[str]:
     lines = [
-        "## What determinism costs",
+        "### What determinism costs",
         "",
-        f"`LLM` as it is against `deterministic=False`, which takes torch's own operators. {_machine(result)}, "
-        f"{result['threads']} threads, bfloat16, bench-mini, prompt 128, medians of {result['rounds']} rounds "
-        f"(`{result['file']}`). Below 1.00x determinism costs, above it gains: our operators are then the faster ones.",
+        "The same run, `LLM` as it is against `deterministic=False`, which takes torch's own operators. Above 1.00x "
+        "determinism costs nothing: our operators are the faster ones.",
         "",
         "| sequences | prefill tokens/s, deterministic / not | ratio | decode tokens/s, deterministic / not | ratio |",
         "|---|---|---|---|---|",
     ]
     for sequences in sorted({sequences for _, sequences in rows}):
-        exact, fast = rows["local", sequences], rows["fast", sequences]
         cells = [f"{sequences}"]
         for phase in ("prefill", "decode"):
-            ours, torchs = exact[f"{phase}_tokens_per_second"], fast[f"{phase}_tokens_per_second"]
+            ours, torchs = (rows[system, sequences][f"{phase}_tokens_per_second"] for system in ("local", "fast"))
             cells += [f"{ours:.1f} / {torchs:.1f}", f"{ours / torchs:.2f}x"]
         lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _integers(rows: Rows) -> list[str]:
+    lines = [
+        "### Weights of fewer bits",
+        "",
+        "The same run, `LLM(quantization=...)` in one process; what it does to the loss is in the next section.",
+        "",
+        "| sequences | quantization | decode tokens/s | against bfloat16 |",
+        "|---|---|---|---|",
+    ]
+    for sequences in sorted({sequences for _, sequences in rows}):
+        base = rows["local", sequences]["decode_tokens_per_second"]
+        for kind in ("int8", "int4"):
+            speed = rows[kind, sequences]["decode_tokens_per_second"]
+            lines.append(f"| {sequences} | {kind} | {speed:.1f} | {speed / base:.2f}x |")
+    return [*lines, ""]
+
+
+def quantization_section(result: dict[str, Any]) -> str:
+    lines = [
+        "## Weights of fewer bits: loss",
+        "",
+        f"The quickstart model on {result['tokens']:,} tokens of source it was not trained on, bfloat16 activations "
+        f"(`{result['file']}`).",
+        "",
+        "| quantization | nats per token | against none |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['quantization']} | {row['nats_per_token']:.4f} | {100 * row['against_none']:+.3f} % |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, ""])
+
+
+def long_context_section(result: dict[str, Any]) -> str:
+    lines = [
+        "## Long contexts",
+        "",
+        f"A decode step of {result['sequences']} sequences of bench-mini over a cache of random latents, bfloat16. "
+        f"{_machine(result)}, {result['threads']} threads (`{result['file']}`). {_LIMITS}.",
+        "",
+        "| positions | step, ms | of the limit |",
+        "|---|---|---|",
+    ]
+    for row in result["rows"]:
+        ratio = row["step_milliseconds"] / row["limit_milliseconds"]
+        lines.append(f"| {row['context']:,} | {row['step_milliseconds']:.0f} | {ratio:.2f}x |")
     return "\n".join([*lines, ""])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 ROOT = Path(".cache/peers")
@@ -18,3 +19,14 @@ def is_there(peer: str) -> bool:
         return True
     print(f"{peer} is not installed and is left out; python -m benchmarks.peers.setup {peer}")
     return False
+
+
+def gguf_of(model_dir: Path) -> Path:
+    """The model as llama.cpp reads it, converted at the first call."""
+    path = model_dir.with_suffix(".gguf")
+    if not path.exists():
+        print(f"converting {model_dir} to {path} ...", flush=True)
+        source = python_of("llama_cpp").parent.parent / "source"
+        command = [python_of("llama_cpp"), "benchmarks/peers/llama_cpp_convert.py", source, model_dir, path]
+        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    return path

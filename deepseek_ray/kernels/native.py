@@ -23,7 +23,7 @@ _SOURCES = Path(__file__).with_name("cpp")
 # No contraction: a multiply-add is fused exactly where the source says so, in every template instance and loop tail.
 _FLAGS = [
     *["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
-    *["-pthread", "-fPIC", "-shared"],
+    *["-pthread", "-fPIC"],
 ]
 _LANES = 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
@@ -76,24 +76,29 @@ def _cpu_flags() -> str:
 
 
 def _build(compiler: str, library: Path) -> None:
-    """Compile beside the target, then rename: several actors may build at once, and none sees half a file."""
+    """Compile aside, the files at once, then rename: several actors may build, and none sees half a file."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    try:
-        done = subprocess.run(
-            [compiler, *_FLAGS, *map(str, sorted(_SOURCES.glob("*.cpp"))), "-o", scratch],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise KernelBuildError(
-                f"{compiler} could not build the kernels (exit {done.returncode}): {done.stderr[-500:]}"
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        objects = {source: Path(scratch, source.stem + ".o") for source in sorted(_SOURCES.glob("*.cpp"))}
+        compiling = [
+            subprocess.Popen(
+                [compiler, *_FLAGS, "-c", str(source), "-o", str(target)], stderr=subprocess.PIPE, text=True
             )
-        os.replace(scratch, library)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+            for source, target in objects.items()
+        ]
+        results = [(process.communicate()[1], process.returncode) for process in compiling]
+        for said, status in results:
+            _require_success(compiler, status, said)
+        whole = Path(scratch, library.name)
+        command = [compiler, *_FLAGS, "-shared", *map(str, objects.values()), "-o", str(whole)]
+        linked = subprocess.run(command, capture_output=True, text=True, check=False)
+        _require_success(compiler, linked.returncode, linked.stderr)
+        os.replace(whole, library)
+
+
+def _require_success(compiler: str, status: int, said: str) -> None:
+    if status:
+        raise KernelBuildError(f"{compiler} could not build the kernels (exit {status}): {said[-500:]}")
 
 
 class NativeKernels(Kernels):

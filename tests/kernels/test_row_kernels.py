@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -208,6 +209,24 @@ def test_another_cpu_gives_the_same_bits(native: NativeKernels, plain: NativeKer
         lambda kernels: kernels.latent_attention(**case),
     ):
         assert torch.equal(operator(plain), operator(native))
+
+
+def test_threads_that_compute_at_once_do_not_mix(native: NativeKernels) -> None:
+    """One thread has the pool, the others do their own work; a helper that comes late joins no finished job."""
+    weights = [native.pack([random(400, 96, seed=seed)]) for seed in range(4)]
+    x = [random(9, 96, seed=10 + seed) for seed in range(4)]
+    expected = [native.linear(rows, weight) for rows, weight in zip(x, weights, strict=True)]
+
+    def compute(own: int) -> bool:
+        torch.set_num_threads(3 if own % 2 else 2)
+        return all(torch.equal(native.linear(x[own], weights[own]), expected[own]) for _ in range(300))
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(compute, range(4)))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -134,6 +134,8 @@ struct RoundedStore {
 template <int Bits>
 struct Integer {
     static constexpr int64_t kUnits = kGroup * Bits / 32;  // of 4 bytes, for 32 inputs of an output
+    static constexpr int kMaxRows = 6;  // a sum of integers takes two registers, with AVX-512 too
+    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? 2 : few_registers_blocks(rows); }
     using Weight = uint32_t;
     using Rows = RoundedRows;
     using Store = RoundedStore;

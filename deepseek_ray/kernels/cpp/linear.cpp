@@ -45,6 +45,8 @@ struct PlainStore {
 template <typename X, typename W>
 struct Floating {
     static constexpr int kStep = sizeof(W) == 2 ? 2 : 1;
+    static constexpr int kMaxRows = kRegisters == 32 ? 12 : 6;
+    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? 2 : few_registers_blocks(rows); }
     using Weight = W;
     using Rows = PlainRows<X>;
     using Store = PlainStore<X, kStep>;

@@ -5,6 +5,7 @@
 //   Kind::Store                      inputs as the tiles want them, of all groups; made once per product
 //   Kind::kStep                      inputs that are taken together: runs of inputs begin at multiples of it
 //   Kind::block_stride(K)            elements of Weight in a block of 16 columns
+//   Kind::kMaxRows, blocks_of(rows)  the largest tile: its sums fit the registers
 //   Kind::tile<R, B>(...)            R rows by B blocks over the inputs [k0, k1)
 //
 // A row's bits never depend on the other rows, on their number or on the number of threads: every output element has an
@@ -18,12 +19,12 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers, two blocks of columns beside each other
-constexpr int blocks_of(int) { return 2; }
+constexpr int kRegisters = 32;
 #else
-constexpr int kMaxRows = 6;  // 12 of 16
-constexpr int blocks_of(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int kRegisters = 16;
 #endif
+// Blocks of columns beside each other: with few rows more of them, so that there are enough sums to wait for.
+constexpr int few_registers_blocks(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 constexpr int64_t kPanel = 72;      // rows whose inputs stay in the second-level cache
 constexpr int64_t kInputs = 1024;   // inputs that are taken together where rows are many
 constexpr int64_t kAhead = 1536;    // bytes by which weights are fetched before they are used
@@ -79,13 +80,13 @@ struct Product {
     // R rows of the blocks [first, last): groups of B(R) as long as there are, and the rest one by one.
     template <int R>
     void run_rows(int64_t row, int64_t first, int64_t last, int64_t k0, int64_t k1, Carry carry) const {
-        constexpr int B = blocks_of(R);
+        constexpr int B = Kind::blocks_of(R);
         int64_t b = first;
         for (; b + B <= last; b += B) run_tile<R, B>(row, b, k0, k1, {carry.of(0, int(b - first)), carry.stride});
         for (; b < last; ++b) run_tile<R, 1>(row, b, k0, k1, {carry.of(0, int(b - first)), carry.stride});
     }
 
-    template <int R = kMaxRows>
+    template <int R = Kind::kMaxRows>
     void run_rows_of(int64_t count, int64_t row, int64_t first, int64_t last, int64_t k0, int64_t k1, Carry carry) const {
         if constexpr (R > 0) {
             if (count == R) run_rows<R>(row, first, last, k0, k1, carry);
@@ -96,10 +97,10 @@ struct Product {
     // All rows against the blocks [first, last). Rows are cut into panels, panels into tiles of like heights.
     void run(int64_t first, int64_t last) const {
         thread_local std::vector<float> sums;
-        const int64_t panels = (rows + kPanel - 1) / kPanel, group = blocks_of(kMaxRows);
+        const int64_t panels = (rows + kPanel - 1) / kPanel, group = Kind::blocks_of(Kind::kMaxRows);
         for (int64_t p = 0; p < panels; ++p) {
             const int64_t begin = rows * p / panels, height = rows * (p + 1) / panels - begin;
-            const int64_t tiles = (height + kMaxRows - 1) / kMaxRows;
+            const int64_t tiles = (height + Kind::kMaxRows - 1) / Kind::kMaxRows;
             const int64_t inputs = tiles > 2 ? kInputs : num_in;
             if (tiles > 2) sums.resize(size_t((last - first) * height * kLanes));
             for (int64_t k0 = 0; k0 < num_in; k0 += inputs)

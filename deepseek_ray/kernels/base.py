@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -54,6 +55,10 @@ class Kernels(ABC):
     name: str
     layout: str | None = None
     """Name of the layout of packed weights, the same for the same bytes; None keeps them out of files."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around a step of operators, of these and of torch, in this thread."""
+        return nullcontext()
 
     @abstractmethod
     def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:

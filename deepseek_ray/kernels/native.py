@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,7 +10,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -109,6 +111,23 @@ class NativeKernels(Kernels):
 
     def __init__(self) -> None:
         self._library = load_library()
+        self._own = threading.local()
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """torch computes with one thread meanwhile: its helpers, once woken, spin for milliseconds on the cores that
+        the pool of these operators needs."""
+        self._own.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._own.threads)
+            del self._own.threads
+
+    @property
+    def _threads(self) -> int:
+        return getattr(self._own, "threads", None) or torch.get_num_threads()
 
     def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:
         if quantization is not None:
@@ -127,7 +146,7 @@ class NativeKernels(Kernels):
                 ctypes.c_int64(num_out),
                 ctypes.c_int64(num_in),
                 ctypes.c_void_p(packed.data_ptr()),
-                torch.get_num_threads(),
+                self._threads,
             )
         return PackedWeight(data, len(weights), num_out, num_in)
 
@@ -150,7 +169,7 @@ class NativeKernels(Kernels):
             ctypes.c_int64(num_in),
             ctypes.c_void_p(data.data_ptr()),
             ctypes.c_void_p(scales.data_ptr()),
-            torch.get_num_threads(),
+            self._threads,
         )
         return PackedWeight(data, 1, num_out, num_in, scales)
 
@@ -223,7 +242,7 @@ class NativeKernels(Kernels):
             _DTYPES[out.dtype],
             ctypes.c_int64(like.num_out),
             ctypes.c_int64(like.num_in),
-            torch.get_num_threads(),
+            self._threads,
         )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -239,7 +258,7 @@ class NativeKernels(Kernels):
             ctypes.c_int64(x.shape[0]),
             ctypes.c_int64(x.shape[1]),
             ctypes.c_float(eps),
-            torch.get_num_threads(),
+            self._threads,
         )
         return out
 
@@ -253,7 +272,7 @@ class NativeKernels(Kernels):
             _DTYPES[gate_up.dtype],
             ctypes.c_int64(rows),
             ctypes.c_int64(width),
-            torch.get_num_threads(),
+            self._threads,
         )
         return out
 
@@ -297,6 +316,6 @@ class NativeKernels(Kernels):
             ctypes.c_int64(width),
             ctypes.c_int64(value_width),
             ctypes.c_float(scale),
-            torch.get_num_threads(),
+            self._threads,
         )
         return out

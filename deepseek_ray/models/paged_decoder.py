@@ -69,7 +69,10 @@ class PagedDecoder:
     @torch.inference_mode()
     def forward(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
         """Logits of the tokens `batch.logit_rows`, `[n, vocab_size]` float32. Writes the step's latents to `cache`."""
-        batch = batch.to(self.device)
+        with self._kernels.computing():
+            return self._forward(batch.to(self.device), cache)
+
+    def _forward(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         hidden = self._embedding[batch.token_ids]
         for index, layer in enumerate(self._layers):

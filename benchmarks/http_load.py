@@ -1,0 +1,158 @@
+"""Streams over HTTP at once: `deepseek-ray serve` against vLLM's server on bench-mini, and what is Serve's own share.
+
+    python -m benchmarks.http_load [--rounds 2] [--threads 2] [--systems serve vllm] [--model-dir DIR]
+
+Each stream asks for 32 tokens after a prompt of 128 random ones; 1, 4, 16 and 64 at once (vLLM up to 16: its prefill of
+64 takes minutes on two cores). Time to first token, time between tokens, tokens per second over all streams. `trivial`
+is a Serve application that sends bytes at once: the first of them is what no model behind Serve can beat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.bench_model import bench_mini_dir
+from benchmarks.peers.environments import is_there, python_of
+from benchmarks.results_file import write_results
+
+_STREAMS = {"trivial": (1,), "serve": (1, 4, 16, 64), "vllm": (1, 4, 16)}
+_PROMPT, _TOKENS, _VOCABULARY = 128, 32, 32000
+_START_SECONDS = 600.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--systems", nargs="+", choices=_STREAMS, default=tuple(_STREAMS))
+    parser.add_argument("--model-dir", type=Path)
+    options = parser.parse_args()
+    model_dir = (options.model_dir or bench_mini_dir()).absolute()
+    samples: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for seed in range(options.rounds):
+        for system in options.systems:
+            if system == "vllm" and not is_there("vllm"):
+                continue
+            with _Server(system, model_dir, options.threads) as url:
+                asyncio.run(load(url, model_dir, 1, seed=1000 + seed))  # warms up
+                for streams in _STREAMS[system]:
+                    measured = asyncio.run(load(url, model_dir, streams, seed))
+                    samples.setdefault((system, streams), []).append(measured)
+                    print(f"round {seed}: {system}, {streams} streams: {measured}", flush=True)
+    rows = [
+        {"system": system, "streams": streams, **{name: _median(found, name) for name in found[0]}}
+        for (system, streams), found in samples.items()
+    ]
+    write_results("http_load", {"threads": options.threads, "rounds": options.rounds, "rows": rows})
+
+
+async def load(url: str, model_dir: Path, streams: int, seed: int) -> dict[str, float]:
+    """Milliseconds and tokens per second of so many streams at once."""
+    async with httpx.AsyncClient(timeout=600.0, limits=httpx.Limits(max_connections=None)) as client:
+        started = time.perf_counter()
+        chances = [random.Random(f"{seed}-{streams}-{own}") for own in range(streams)]
+        times = await asyncio.gather(*(_stream(client, url, model_dir, chance) for chance in chances))
+        seconds = time.perf_counter() - started
+    first = sorted(own[0] - started for own in times)
+    gaps = sorted(later - earlier for own in times for earlier, later in itertools.pairwise(own))
+    found = {"first_p50": _at(first, 0.5), "first_p90": _at(first, 0.9)}
+    found |= {"gap_p50": _at(gaps, 0.5), "gap_p90": _at(gaps, 0.9)} if gaps else {}
+    found = {f"{name}_milliseconds": 1000 * value for name, value in found.items()}
+    return {**found, "tokens_per_second": sum(map(len, times)) / seconds}
+
+
+async def _stream(client: httpx.AsyncClient, url: str, model_dir: Path, chance: random.Random) -> list[float]:
+    """When each chunk with a token came."""
+    body = {
+        "model": model_dir.name,
+        "prompt": [chance.randrange(_VOCABULARY) for _ in range(_PROMPT)],
+        "max_tokens": _TOKENS,
+        "temperature": 1.0,
+        "seed": chance.randrange(1 << 30),
+        "ignore_eos": True,
+        "stream": True,
+    }
+    times = []
+    async with client.stream("POST", url, json=body) as answer:
+        if answer.status_code != 200:
+            raise SystemExit(f"{url} answered {answer.status_code}: {(await answer.aread()).decode()[:500]}")
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"]:
+                times.append(time.perf_counter())
+    return times
+
+
+class _Server:
+    """One system's server on a free port; the address of its completions."""
+
+    def __init__(self, system: str, model_dir: Path, threads: int) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self._health = f"http://127.0.0.1:{self._port}/health"
+        command = _COMMANDS[system](model_dir, threads, self._port)
+        variables = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **variables}
+        )
+
+    def __enter__(self) -> str:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise SystemExit(f"{self._process.args} ended with {self._process.returncode}")
+            try:
+                if httpx.get(self._health, timeout=2.0).status_code == 200:
+                    return f"http://127.0.0.1:{self._port}/v1/completions"
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise SystemExit(f"{self._process.args} was not ready after {_START_SECONDS:g} s")
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=60)
+
+
+def _serve(model_dir: Path, threads: int, port: int) -> list[str]:
+    command = [sys.executable, "-m", "deepseek_ray.cli.main", "serve", str(model_dir), "--port", str(port)]
+    return [*command, "--threads", str(threads), "--no-prefix-caching", "--expert-replicas", "2"]
+
+
+def _vllm(model_dir: Path, threads: int, port: int) -> list[str]:
+    command = [str(python_of("vllm")), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
+    command += ["--served-model-name", model_dir.name, "--port", str(port), "--dtype", "bfloat16"]
+    return [*command, "--max-model-len", "1024", "--no-enable-prefix-caching"]
+
+
+def _trivial(model_dir: Path, threads: int, port: int) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.trivial_stream", str(port)]
+
+
+_COMMANDS: dict[str, Callable[[Path, int, int], list[str]]] = {"trivial": _trivial, "serve": _serve, "vllm": _vllm}
+
+
+def _at(ordered: list[float], part: float) -> float:
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def _median(found: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(each[name] for each in found)
+
+
+if __name__ == "__main__":
+    main()

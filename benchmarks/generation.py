@@ -150,7 +150,7 @@ def plot(rows: list[dict[str, Any]], bounds: dict[int, float], path: Path) -> No
         axis.set_xlabel("decode tokens/s")
         axis.invert_yaxis()
         axis.margins(x=0.15)
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].legend(fontsize=8, loc="upper right")
     figure.savefig(path, dpi=110)
 
 

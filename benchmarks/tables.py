@@ -88,7 +88,12 @@ def generation_section(result: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     ready = ", ".join(f"{system} {seconds:.1f} s" for system, seconds in result["ready_seconds"].items())
     lines += ["", f"From the start of the process to ready: {ready}.", ""]
-    return "\n".join([*lines, *_deterministic(rows), *_integers(rows)])
+    systems = {system for system, _ in rows}
+    if {"local", "fast"} <= systems:
+        lines += _deterministic(rows)
+    if {"local", "int8", "int4"} <= systems:
+        lines += _integers(rows)
+    return "\n".join(lines)
 
 
 def _best_peer(rows: Rows, sequences: int, phase: str) -> float:

@@ -1,6 +1,7 @@
-"""A Serve application that streams without a model: `python -m benchmarks.trivial_stream PORT`, until a signal."""
+"""A Serve application that streams without a model: `python -m benchmarks.trivial_stream PORT`, until a signal.
 
-from __future__ import annotations
+Annotations are evaluated here: Serve ships this module's classes by value, and FastAPI must find what they name.
+"""
 
 import json
 import sys

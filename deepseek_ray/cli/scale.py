@@ -98,8 +98,7 @@ def replicate(
 
     [bold]Examples[/bold]
 
-      deepseek-ray replicate 3 17 1
-
+      deepseek-ray replicate 3 17 1\n
       deepseek-ray replicate 3 17 1 --wait 0 --json
     """
     _change(name, address, wait, as_json, "replicate", layer, expert, shard)

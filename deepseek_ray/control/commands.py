@@ -21,6 +21,7 @@ from deepseek_ray.control.plan import (
 from deepseek_ray.control.shard_figures import Figures, capacities
 from deepseek_ray.errors import DeploymentError
 from deepseek_ray.expert_parallel import rebalance as placements
+from deepseek_ray.expert_parallel.replicas import ShardCapacity
 
 Loads = Mapping[int, NDArray[np.float64]]
 """layer -> tokens of each expert lately [experts]; zeros where nothing is known."""
@@ -63,9 +64,7 @@ def drain(plan: Plan, role: str, id: int, loads: Loads, figures: Figures = UNKNO
         return drain_shard(plan, id, plan.placement)
     require_drainable(plan, id)
     copies = min(plan.min_replicas, len(plan.shards) - 1)
-    change = placements.drain(
-        plan.placement, capacities(plan.placement, plan.shards, figures), id, _useful(loads), min_replicas=copies
-    )
+    change = placements.drain(plan.placement, _capacities(plan, figures), id, _useful(loads), min_replicas=copies)
     return drain_shard(plan, id, change.placement)
 
 
@@ -84,7 +83,7 @@ def rebalance(
     copies = plan.min_replicas if min_replicas is None else min_replicas
     change = placements.rebalance(
         plan.placement,
-        capacities(plan.placement, plan.shards, figures),
+        _capacities(plan, figures),
         _useful(loads),
         extra_replicas=extra,
         min_replicas=copies,
@@ -96,7 +95,7 @@ def rebalance(
 
 def replicate(plan: Plan, loads: Loads, layer: int, expert: int, shard: int, figures: Figures = UNKNOWN) -> Plan:
     """One more replica of an expert. DeploymentError: the shard has no room for it."""
-    known = capacities(plan.placement, plan.shards, figures)
+    known = _capacities(plan, figures)
     return with_placement(plan, placements.replicate(plan.placement, known, layer, expert, shard).placement)
 
 
@@ -104,9 +103,13 @@ def move(
     plan: Plan, loads: Loads, layer: int, expert: int, source: int, destination: int, figures: Figures = UNKNOWN
 ) -> Plan:
     """A replica of an expert from one shard to another. DeploymentError: that one has no room for it."""
-    known = capacities(plan.placement, plan.shards, figures)
+    known = _capacities(plan, figures)
     change = placements.move(plan.placement, known, layer, expert, source, destination)
     return with_placement(plan, change.placement)
+
+
+def _capacities(plan: Plan, figures: Figures) -> list[ShardCapacity]:
+    return capacities(plan.placement, plan.shards, figures)
 
 
 def _scale_workers(plan: Plan, count: int) -> Plan:
@@ -121,9 +124,7 @@ def _scale_shards(plan: Plan, count: int, loads: Loads, figures: Figures) -> Pla
     if count > len(plan.shards):
         plan = add_shards(plan, count - len(plan.shards))
         new = [id for id in plan.shards if not any(id in shards for e in plan.placement.values() for shards in e)]
-        change = placements.spread(
-            plan.placement, capacities(plan.placement, plan.shards, figures), new, _useful(loads)
-        )
+        change = placements.spread(plan.placement, _capacities(plan, figures), new, _useful(loads))
         return with_placement(plan, change.placement)
     role: Role = "expert_shard"
     for shard in _youngest(plan.shards, len(plan.shards) - count):

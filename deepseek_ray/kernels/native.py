@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from deepseek_ray.errors import DeepSeekRayError
@@ -53,7 +54,10 @@ def load_library() -> ctypes.CDLL:
         )
     path = cache_directory() / "kernels" / f"rows-{_build_key(compiler)}.so"
     if not path.exists():
-        _build(compiler, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # of the actors that start together, one builds
+            if not path.exists():
+                _build(compiler, path)
     library = ctypes.CDLL(str(path))
     library.dr_check()
     return library
@@ -78,8 +82,7 @@ def _cpu_flags() -> str:
 
 
 def _build(compiler: str, library: Path) -> None:
-    """Compile aside, the files at once, then rename: several actors may build, and none sees half a file."""
-    library.parent.mkdir(parents=True, exist_ok=True)
+    """Compile aside, the files at once, then rename: nobody sees half a file."""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = {source: Path(scratch, source.stem + ".o") for source in sorted(_SOURCES.glob("*.cpp"))}
         compiling = [

@@ -110,8 +110,8 @@ class DeploymentConfig(FrozenConfig):
     transport: Literal["auto", "shared_memory", "tcp"] = "auto"
     """How frames travel; auto is shared memory on one node and TCP between nodes."""
     packed_files: bool = True
-    """Keep the experts as the kernels want them in files of each node, which replicas, standbys and restarted shards
-    map in no time; it takes as much disk as the experts do."""
+    """Keep the experts as the kernels want them in files of each node, which replicas, standbys, restarted shards and
+    the next `LLM` of a model with 256 MB of experts or more map in no time; it takes as much disk as the experts do."""
     kv_copies: bool = False
     """Each attention worker sends copies of its cache blocks to the next one, which goes on from there when it dies;
     without them the requests of a lost worker are computed again from their tokens."""

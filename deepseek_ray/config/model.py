@@ -230,15 +230,21 @@ class ModelConfig(FrozenConfig):
         return self._num_parameters(self.n_routed_experts)
 
     @property
+    def num_expert_parameters(self) -> int:
+        """Of one routed expert: gate, up and down projection."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
     def num_active_parameters(self) -> int:
         """Parameters one token uses: all but the routed experts its gates do not pick."""
         return self._num_parameters(self.num_experts_per_tok)
 
     def _num_parameters(self, experts: int) -> int:
         hidden = self.hidden_size
-        expert = 3 * hidden * self.moe_intermediate_size
         correction = self.n_routed_experts if self.topk_method == "noaux_tc" else 0
-        moe = (experts + self.n_shared_experts) * expert + self.n_routed_experts * hidden + correction
+        moe = (
+            (experts + self.n_shared_experts) * self.num_expert_parameters + self.n_routed_experts * hidden + correction
+        )
         dense = 3 * hidden * self.intermediate_size
         num_moe = len(self.moe_layers)
         layers = num_moe * moe + (self.num_hidden_layers - num_moe) * dense

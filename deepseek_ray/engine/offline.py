@@ -10,13 +10,18 @@ from pathlib import Path
 import torch
 
 from deepseek_ray.config.engine import DeploymentConfig
+from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.engine.engine import Engine, plan_engine_cache
 from deepseek_ray.engine.tokenizer import Tokenizer
+from deepseek_ray.kernels.quantize import bytes_per_weight
 from deepseek_ray.kernels.select import select_kernels, usable_device
 from deepseek_ray.messages import GenerateRequest, TokenEvent
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
 from deepseek_ray.models.paged_decoder import PagedDecoder
+
+_WORTH_FILES = 256 * 2**20
+"""Bytes of experts from which on they are mapped from packed files: fewer are packed in less than a second."""
 
 
 class OfflineBackend(ABC):
@@ -57,7 +62,15 @@ class LocalBackend(OfflineBackend):
         kernels = select_kernels(config.engine.deterministic)
         attention_device, expert_device = usable_device(config.attention_device), usable_device(config.expert_device)
         bits = config.quantization
-        store = ExpertStore(reader, every_expert, dtype, kernels, device=expert_device, quantization=bits)
+        store = ExpertStore(
+            reader,
+            every_expert,
+            dtype,
+            kernels,
+            shared_files=config.packed_files and _expert_bytes(config, reader.config) >= _WORTH_FILES,
+            device=expert_device,
+            quantization=bits,
+        )
         decoder = PagedDecoder(reader, dtype, LocalExperts(store), kernels, device=attention_device, quantization=bits)
         self._engine: Engine | None = Engine(decoder, self.tokenizer, config.engine)
         self.vocab_size = self._engine.vocab_size
@@ -69,6 +82,11 @@ class LocalBackend(OfflineBackend):
 
     def shutdown(self) -> None:
         self._engine = None
+
+
+def _expert_bytes(config: DeploymentConfig, model: ModelConfig) -> float:
+    weights = model.num_expert_parameters * model.n_routed_experts * len(model.moe_layers)
+    return weights * bytes_per_weight(config.quantization, getattr(torch, config.dtype))
 
 
 def tokenizer_beside(model_dir: str) -> Tokenizer | None:

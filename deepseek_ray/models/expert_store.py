@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -75,13 +74,11 @@ class ExpertStore:
         if self._files is None:
             return
         room = most_bytes - sum(packed.nbytes for packed in self._ahead.values())
-        config = self._reader.config
-        for key in itertools.product(config.moe_layers, range(config.n_routed_experts)):
-            if key in self._ahead or self.holds(*key) or (packed := self._files.read(*key)) is None:
+        for key in sorted(self._files.written() - self._ahead.keys()):
+            if self.holds(*key) or (packed := self._mapped(*key)) is None:
                 continue
             if (room := room - packed.nbytes) < 0:
                 return
-            bring_into_memory(packed)
             self._ahead[key] = packed
 
     def forget_ahead(self) -> None:
@@ -104,11 +101,18 @@ class ExpertStore:
     def _read(self, layer: int, expert: int) -> PackedExpert:
         if self._files is None:
             return self._pack(layer, expert)
-        if (mapped := self._ahead.pop((layer, expert), None) or self._files.read(layer, expert)) is not None:
+        if (mapped := self._ahead.pop((layer, expert), None) or self._mapped(layer, expert)) is not None:
             return mapped
         packed = self._pack(layer, expert)
         self._files.write(layer, expert, packed)
-        return self._files.read(layer, expert) or packed
+        return self._mapped(layer, expert) or packed
+
+    def _mapped(self, layer: int, expert: int) -> PackedExpert | None:
+        """From its file, in memory: read one page at a time by the first calls, it would take many times as long."""
+        assert self._files is not None
+        if (packed := self._files.read(layer, expert)) is not None:
+            bring_into_memory(packed)
+        return packed
 
     def _pack(self, layer: int, expert: int) -> PackedExpert:
         prefix = f"model.layers.{layer}.mlp.experts.{expert}"

@@ -117,6 +117,15 @@ class PackedFiles:
                 scratch.unlink()
             logger.warning("packed expert %d of layer %d is not kept: %s", expert, layer, error)
 
+    def written(self) -> set[tuple[int, int]]:
+        """(layer, expert) of the files that are there."""
+        try:
+            names = os.listdir(self._folder)
+        except OSError:
+            return set()
+        layers_and_experts = (name.split("-") for name in names if not name.startswith("."))
+        return {(int(layer), int(expert)) for layer, expert in layers_and_experts}
+
     def forget(self, layer: int, expert: int) -> None:
         """The file is not to be trusted; processes that have mapped it keep what they see."""
         self._path(layer, expert).unlink(missing_ok=True)

@@ -82,6 +82,28 @@ def test_what_was_mapped_ahead_is_there_when_it_is_wanted(
     assert torch.equal(rows(standby), expected)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux what is in memory")
+def test_what_was_loaded_is_in_memory_before_the_first_call(model: Path, cache: Path) -> None:
+    kept = [store(model), store(model)]  # one has written, the other found
+    assert kept
+    assert resident_parts(cache) == {"1-2": [1.0, 1.0], "1-5": [1.0, 1.0]}
+
+
+def resident_parts(folder: Path) -> dict[str, list[float]]:
+    """File name -> of each mapping of it in this process, the part that is in its page table."""
+    found: dict[str, list[float]] = {}
+    name, size = "", 1
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if "-" in key:  # the first line of a mapping
+            name = Path(values[-1]).name if str(folder) in line else ""
+        elif name and key == "Size:":
+            size = int(values[0])
+        elif name and key == "Rss:":
+            found.setdefault(name, []).append(int(values[0]) / size)
+    return found
+
+
 def test_a_second_store_reads_no_tensor(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(model)
     monkeypatch.setattr(CheckpointReader, "tensor", lambda *arguments: pytest.fail("a tensor was read"))

@@ -155,6 +155,11 @@ _ALL = (
         "expert shard",
         _SHARD,
         ("moe_shard_calls_total", "calls", "Expert calls answered."),
+        (
+            "moe_shard_computations_total",
+            "computations",
+            "Computations of calls; fewer than calls where several workers' were computed together.",
+        ),
         ("moe_shard_pairs_total", "pairs", "(token, expert) pairs computed."),
         ("moe_shard_compute_seconds_total", "seconds", "Time spent computing experts."),
     ),

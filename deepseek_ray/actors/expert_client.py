@@ -51,6 +51,8 @@ class _Pending:
     sent: float = 0.0
     answered: int = 0
     """Pairs that have their rows; with the flag ONE_BY_ONE they come token by token."""
+    is_computing: bool = False
+    """With the flag ONE_BY_ONE: the shard has said that it computes the next token, and no other call."""
     crashed: bool = False
     """The process it was sent to has died over it, or beside it."""
 
@@ -242,12 +244,15 @@ class RemoteExperts(ExpertBackend):
 
     def _take_rows(self, ticket: _Ticket, sequence: int, pending: _Pending, rows: Tensor) -> None:
         """An answer, or the next part of one that comes token by token."""
+        pending.is_computing = not len(rows)
         places = pending.places[: len(rows)]
         if len(places) < len(rows) or (len(rows) < len(pending.places) and not pending.flags & ONE_BY_ONE):
             raise LinkError(f"an expert reply has {len(rows)} rows, {len(pending.places)} were wanted")
         now = time.monotonic()
         self._patience.answered(now - pending.sent)
         pending.sent = now
+        if pending.is_computing:
+            return
         if self._has_gone_wrong(ticket, pending, places, rows):
             del ticket.pending[sequence]
             self._plan(ticket, pending.places, pending.attempt + 1, pending.flags | RELOAD)
@@ -280,7 +285,7 @@ class RemoteExperts(ExpertBackend):
         """Give a link up; what was sent over it and not answered goes elsewhere, or waits.
 
         A shard computes the calls of one link one after the other: it has died over the first without an answer, if
-        over any.
+        over any, or over another worker's. So this one is computed token by token from now on.
         """
         link = self._links.drop(shard, error)
         if link is None:
@@ -289,7 +294,7 @@ class RemoteExperts(ExpertBackend):
         for pending in ticket.pending.values():
             if pending.link is not link:
                 continue
-            if died and pending.flags & ONE_BY_ONE:
+            if died and pending.is_computing:
                 raise ExpertsCrashedError(
                     f"computing one of its tokens in layer {ticket.layer} has crashed the process of its experts "
                     f"twice, last shard {shard}'s",

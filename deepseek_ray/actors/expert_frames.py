@@ -1,8 +1,9 @@
 """Expert calls and replies as frames: raw tensor bytes behind a header.
 
 A call's payload is pair_rows [P] int32, pair_experts [P] int32, hidden [N, H]; a reply's is rows [P, H]. A call with
-the flag ONE_BY_ONE, whose pairs are in order of their rows, gets one reply per row, in order, with that row's pairs; a
-reply's `num_rows` says how many pairs of the call have been answered before it.
+the flag ONE_BY_ONE, whose pairs are in order of their rows, gets two replies per row, in order: an empty one when it is
+about to be computed, and one with that row's pairs. A reply's `num_rows` says how many pairs of the call have been
+answered before it.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ def read_reply(frame: Frame, hidden_size: int) -> Tensor:
             f"an expert reply for {frame.num_pairs} pairs has {len(frame.payload)} bytes of {frame.dtype!r}; "
             f"expected rows of {hidden_size}"
         )
+    if not frame.num_pairs:
+        return torch.empty(0, hidden_size, dtype=dtype)
     return torch.frombuffer(frame.payload, dtype=dtype).view(frame.num_pairs, hidden_size)
 
 

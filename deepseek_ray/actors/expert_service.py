@@ -20,6 +20,7 @@ from deepseek_ray.actors.expert_frames import (
     read_call,
     reply_frame,
 )
+from deepseek_ray.actors.joint_calls import JointCalls
 from deepseek_ray.errors import LinkClosedError, LinkError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import Listener
@@ -30,13 +31,16 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertService:
-    """Answers expert calls on every link a listener accepts; one thread per link, one computation at a time."""
+    """Answers expert calls on every link a listener accepts; one thread per link, one computation at a time.
+
+    Calls of one layer that wait are computed together (`JointCalls`).
+    """
 
     def __init__(self, listener: Listener, store: ExpertStore, hidden_size: int) -> None:
         self._listener = listener
         self._hidden_size = hidden_size
         self._store = store
-        self._computing = threading.Lock()
+        self.calls = JointCalls(self._compute)
         self.num_calls = 0
         self.num_pairs = 0
         self.num_reloaded = 0
@@ -84,9 +88,19 @@ class ExpertService:
                 self._store.reload(frame.layer, expert)
                 self.num_reloaded += 1
         self.num_calls += 1
+        if frame.flags & ONE_BY_ONE:
+            yield from self._answer_one_by_one(frame, content)
+            return
+        rows = self.calls.run(frame.layer, content)
+        yield answer(frame, FrameKind.STALE) if rows is None else reply_frame(frame, rows)
+
+    def _answer_one_by_one(self, frame: Frame, content: CallContent) -> Iterator[Frame]:
+        """Before each row an empty answer: if this process dies now, it is over that row."""
         answered = 0
-        for part in one_by_one(content) if frame.flags & ONE_BY_ONE else (content,):
-            rows = self._compute(frame.layer, part)
+        for part in one_by_one(content):
+            with self.calls.alone() as compute:
+                yield reply_frame(frame, part.hidden[:0], answered)
+                rows = compute(frame.layer, part)
             if rows is None:
                 yield answer(frame, FrameKind.STALE)
                 return
@@ -95,7 +109,7 @@ class ExpertService:
 
     def _compute(self, layer: int, content: CallContent) -> Tensor | None:
         """None when an expert is not here."""
-        with self._computing, torch.inference_mode():
+        with torch.inference_mode():
             started = time.monotonic()
             rows = self._store.run(layer, content.hidden, content.pair_rows, content.pair_experts)
             if rows is not None:

@@ -54,7 +54,7 @@ class ExpertShard:
             device=usable_device(config.expert_device),
             quantization=config.quantization,
         )
-        weights = 3 * reader.config.hidden_size * reader.config.moe_intermediate_size
+        weights = reader.config.num_expert_parameters
         self._expert_bytes = weights * bytes_per_weight(config.quantization, self._dtype)
         self._memory_bytes = memory_bytes(self._store.device, config.gpus_per_member)
         self._threads = threads
@@ -91,6 +91,7 @@ class ExpertShard:
             held=self._store.held,
             stats={
                 "calls": self._service.num_calls,
+                "computations": self._service.calls.num_computations,
                 "pairs": self._service.num_pairs,
                 "compute_seconds": self._service.compute_seconds,
                 "seconds_per_expert": self._loader.measured,

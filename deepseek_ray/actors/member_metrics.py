@@ -63,5 +63,6 @@ class WorkerMetrics:
 def export_shard(exporter: MetricsExporter, service: ExpertService) -> None:
     """An expert shard's."""
     exporter.total("moe_shard_calls_total", service.num_calls)
+    exporter.total("moe_shard_computations_total", service.calls.num_computations)
     exporter.total("moe_shard_pairs_total", service.num_pairs)
     exporter.total("moe_shard_compute_seconds_total", service.compute_seconds)

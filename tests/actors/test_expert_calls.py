@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ class Shards:
         self._reader, self._dtype, self._transport = reader, dtype, transport
         self.placement = placement
         self.stores: dict[int, ExpertStore] = {}
+        self.services: dict[int, ExpertService] = {}
         self.crashed: Callable[[int], None] = lambda shard: None
         self._poison = poison
         self._listeners: dict[int, Listener] = {}
@@ -69,7 +71,8 @@ class Shards:
         if self._poison is not None:
             self._add_poison(shard, store)
         listener = _Recording(self._listeners[shard], self._links[shard], self.answers[shard], lambda: self.copies)
-        ExpertService(listener, store, HIDDEN).start()
+        self.services[shard] = ExpertService(listener, store, HIDDEN)
+        self.services[shard].start()
         return store
 
     def _add_poison(self, shard: int, store: ExpertStore) -> None:
@@ -399,6 +402,23 @@ def test_a_token_that_crashes_shards_is_found_after_two_crashes(
     backend.close()
     for shard in range(2):
         shards.end(shard)
+
+
+def test_a_token_is_not_to_blame_when_it_waits_for_its_turn(shards: Shards, reader: CheckpointReader) -> None:
+    """The shard dies twice, the second time over another worker's token while this one's wait."""
+    backend = shards.backend()
+    hidden, ids = work(9)
+    backend.combine(backend.dispatch(LAYER, hidden, ids))
+    shards.answers[1].clear()
+    ticket = backend.dispatch(2, hidden, ids)
+    shards.restart(1)
+    with shards.services[1].calls.alone(), ThreadPoolExecutor() as threads:
+        rows = threads.submit(backend.combine, ticket)
+        while not shards.services[1].num_calls:  # sent again, token by token
+            assert not rows.done()
+        shards.restart(1)
+    assert torch.equal(rows.result(), rows_of(reader, 2, hidden, ids))
+    backend.close()
 
 
 @pytest.mark.parametrize("copies", [1, 2])

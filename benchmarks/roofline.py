@@ -58,31 +58,45 @@ def step_seconds(config: ModelConfig, sequences: int, context: int, probes: Prob
     return sum(probes.seconds(operator) for operator in operators(config, sequences, context))
 
 
-def operators(config: ModelConfig, sequences: int, context: int) -> Iterator[Operator]:
+def operators(config: ModelConfig, sequences: float, context: float) -> Iterator[Operator]:
     """Of one decode step in bfloat16; each expert's routing is taken for equally likely."""
+    for layer in range(config.num_hidden_layers):
+        yield from attention_operators(config, layer, sequences, context)
+        if config.is_moe_layer(layer):
+            yield expert_operator(config, sequences)
+    yield head_operator(config, sequences)
+
+
+def attention_operators(config: ModelConfig, layer: int, sequences: float, context: float) -> Iterator[Operator]:
+    """All of a layer but its routed experts: what an attention worker computes."""
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     queries = heads * config.qk_head_dim
     rank = config.q_lora_rank or 0
     attention = [(rank, hidden), (queries, rank)] if rank else [(queries, hidden)]
     attention += [(config.latent_width, hidden), (hidden, heads * config.v_head_dim)]
     attention += [(heads * latent, config.qk_nope_head_dim), (heads * config.v_head_dim, latent)]
-    for layer in range(config.num_hidden_layers):
-        for num_out, num_in in attention:
-            yield _linear(num_out, num_in, sequences)
-        scores = 2 * sequences * heads * context * (config.latent_width + latent)
-        yield Operator(sequences * context * config.latent_width * _BFLOAT16, scores, sequences * heads)
-        if not config.is_moe_layer(layer):
-            yield _linear(3 * config.intermediate_size, hidden, sequences)
-            continue
-        width = config.moe_intermediate_size
-        yield _linear(2 * config.n_routed_experts, hidden, sequences)  # float32: twice the bytes
-        yield _linear(3 * width * config.n_shared_experts, hidden, sequences)
-        untouched = (1 - config.num_experts_per_tok / config.n_routed_experts) ** sequences
-        touched = config.n_routed_experts * (1 - untouched)
-        rows = sequences * config.num_experts_per_tok / touched
-        one = _linear(3 * width, hidden, rows)
-        yield Operator(touched * one.num_bytes, touched * one.flop, rows)
-    yield _linear(config.vocab_size, hidden, sequences)
+    for num_out, num_in in attention:
+        yield _linear(num_out, num_in, sequences)
+    scores = 2 * sequences * heads * context * (config.latent_width + latent)
+    yield Operator(sequences * context * config.latent_width * _BFLOAT16, scores, sequences * heads)
+    if not config.is_moe_layer(layer):
+        yield _linear(3 * config.intermediate_size, hidden, sequences)
+        return
+    yield _linear(2 * config.n_routed_experts, hidden, sequences)  # float32: twice the bytes
+    yield _linear(3 * config.moe_intermediate_size * config.n_shared_experts, hidden, sequences)
+
+
+def expert_operator(config: ModelConfig, sequences: float, part: float = 1.0) -> Operator:
+    """A layer's routed experts, or those of a shard that holds `part` of them."""
+    untouched = (1 - config.num_experts_per_tok / config.n_routed_experts) ** sequences
+    touched = config.n_routed_experts * (1 - untouched)
+    rows = sequences * config.num_experts_per_tok / touched
+    one = _linear(3 * config.moe_intermediate_size, config.hidden_size, rows)
+    return Operator(part * touched * one.num_bytes, part * touched * one.flop, rows)
+
+
+def head_operator(config: ModelConfig, sequences: float) -> Operator:
+    return _linear(config.vocab_size, config.hidden_size, sequences)
 
 
 def _linear(num_out: int, num_in: int, rows: float) -> Operator:

@@ -238,6 +238,18 @@ def test_progress_is_shown_on_a_terminal_only(llm: LLM, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
 
 
+def test_large_models_are_mapped_from_packed_files(
+    model_dir: Path, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_RAY_CACHE", str(tmp_path))
+    expected = token_ids(llm, PROMPTS)
+    for worth, written in ((1e18, False), (0, True), (0, True)):
+        monkeypatch.setattr("deepseek_ray.engine.offline._WORTH_FILES", worth)
+        with LLM(model_dir, dtype="float32") as other:
+            assert token_ids(other, PROMPTS) == expected
+        assert any(tmp_path.rglob("1-0")) == written
+
+
 def test_threads_sets_how_many_are_used(model_dir: Path) -> None:
     before = torch.get_num_threads()
     try:

@@ -62,6 +62,7 @@ class AttentionWorker:
         )
         self._copies = CopySender(self._connect) if self._config.kv_copies else None
         self._service = TokenService(self._listener, _exit_at_once, self._after_step, self._config.kv_copies)
+        on_cores = self._config.attention_device == self._config.expert_device == "cpu"
         self._experts = RemoteExperts(
             self._directory,
             self._connect,
@@ -69,6 +70,7 @@ class AttentionWorker:
             ask_for_news=self._member.report_now,
             interrupted=self._service.interrupted,
             hedge_after_seconds=self._config.hedge_after_seconds,
+            node_with_our_cores=self._member.node_id if on_cores else None,
         )
         exporter = MetricsExporter(model_name=self._record.description.served_model_name, engine=str(id))
         export_every_second(WorkerMetrics(exporter, self._experts, self._stats, self._copy_counts).collect)

@@ -92,7 +92,10 @@ class RemoteExperts(ExpertBackend):
         ask_for_news: Callable[[], None],
         interrupted: Callable[[], bool],
         hedge_after_seconds: float = 0.3,
+        node_with_our_cores: str | None = None,
     ) -> None:
+        """`node_with_our_cores`: shards there compute on the cores that this process has; None if none does."""
+        self._node_with_our_cores = node_with_our_cores
         self._directory = directory
         self._links = ShardLinks(directory, connect)
         self._incarnation = incarnation
@@ -122,6 +125,10 @@ class RemoteExperts(ExpertBackend):
             self._send(ticket, _Pending(call, attempt=0))
         self.meter.dispatched(layer, counts, time.monotonic() - started)
         return ticket
+
+    def uses_our_cores(self, ticket: _Ticket) -> bool:
+        links = [pending.link for pending in ticket.pending.values()]
+        return any(link is not None and link.peer_node_id == self._node_with_our_cores for link in links)
 
     def combine(self, ticket: _Ticket) -> Tensor:
         """Raises StepInterruptedError when experts are away and a request of the batch ended meanwhile, and

@@ -76,6 +76,8 @@ class Link(ABC):
 
     peer: str
     """Who is at the other end, for messages to people."""
+    peer_node_id: str
+    """The peer's Ray node."""
     peer_incarnation: int
     """Which life of the peer's process this is, as it proved in the handshake."""
 

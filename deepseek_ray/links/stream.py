@@ -28,6 +28,7 @@ class StreamLink(Link):
 
     def __init__(self, channel: Channel, peer: Identity, medium: str, limits: LinkLimits) -> None:
         self.peer = f"{peer} ({medium})"
+        self.peer_node_id = peer.node_id
         self.peer_incarnation = peer.incarnation
         self._channel = channel
         self._limits = limits

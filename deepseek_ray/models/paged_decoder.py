@@ -10,6 +10,7 @@ Letters: T tokens of the step, H heads, R kv_lora_rank, P qk_rope_head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,7 +213,8 @@ class _Mlp:
 
 
 class _Moe:
-    """Gate, routed experts behind the backend, shared experts while the routed ones are away."""
+    """Gate, routed experts behind the backend, shared experts while the routed ones are away (or after them where they
+    are computed on the same cores)."""
 
     def __init__(self, config: ModelConfig, layer: int, prefix: str, weights: _Weights, experts: ExpertBackend) -> None:
         self._config = config
@@ -229,10 +231,15 @@ class _Moe:
         expert_ids, slot_weights = choose_experts(scores, self._bias, self._config)
         there = self._experts.device
         ticket = self._experts.dispatch(self._layer, hidden.to(there), expert_ids.to(there))
-        shared = self._shared.forward(hidden) if self._shared else None
+        if self._shared is None or self._experts.uses_our_cores(ticket):
+            routed = self._combine(ticket, slot_weights, hidden)
+            return routed if self._shared is None else routed + self._shared.forward(hidden)
+        shared = self._shared.forward(hidden)
+        return self._combine(ticket, slot_weights, hidden) + shared
+
+    def _combine(self, ticket: Any, slot_weights: Tensor, hidden: Tensor) -> Tensor:
         rows = self._experts.combine(ticket).to(hidden.device)
-        routed = combine_slots(rows, slot_weights).to(hidden.dtype)
-        return routed if shared is None else routed + shared
+        return combine_slots(rows, slot_weights).to(hidden.dtype)
 
 
 def _biased(kernels: Kernels, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -32,6 +32,11 @@ class ExpertBackend(ABC):
         hidden: [T, H] in model dtype; expert_ids: [T, K] int64, ids of `layer`'s logical experts.
         """
 
+    def uses_our_cores(self, ticket: Any) -> bool:
+        """Whether a ticket's experts are computed on this machine's cores: what is computed beside them takes the time
+        from them, and everybody waits for the last."""
+        return False
+
     @abstractmethod
     def combine(self, ticket: Any) -> Tensor:
         """Wait for the rows of a ticket: [T, K, H] in model dtype, one unweighted row per (token, slot)."""

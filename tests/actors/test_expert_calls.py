@@ -114,11 +114,14 @@ class Shards:
         ask_for_news: Callable[[], None] = lambda: None,
         interrupted: Callable[[], bool] = lambda: False,
         hedge_after_seconds: float = 30.0,
+        node_with_our_cores: str | None = None,
     ) -> RemoteExperts:
         def dial(address: ShardAddress) -> Link:
             return connect(address.endpoints, "node", "d", SECRET, self._transport, 5.0)
 
-        return RemoteExperts(self.directory, dial, 1, ask_for_news, interrupted, hedge_after_seconds)
+        return RemoteExperts(
+            self.directory, dial, 1, ask_for_news, interrupted, hedge_after_seconds, node_with_our_cores
+        )
 
 
 class _Recording:
@@ -195,6 +198,15 @@ def test_remote_equals_local_bit_for_bit(shards: Shards, reader: CheckpointReade
     assert torch.equal(rows, local_rows(reader, hidden, ids))
     assert backend.num_frames == len(set((ids >= EXPERTS // 2).flatten().tolist()))
     assert backend.num_frames_resent == 0
+
+
+@pytest.mark.parametrize(("node", "shared"), [("node", True), ("another", False), (None, False)])
+def test_it_knows_whether_shards_compute_on_its_cores(shards: Shards, node: str | None, shared: bool) -> None:
+    backend = shards.backend(node_with_our_cores=node)
+    ticket = backend.dispatch(LAYER, *work(4))
+    assert backend.uses_our_cores(ticket) == shared
+    backend.combine(ticket)
+    backend.close()
 
 
 def test_bfloat16_travels(reader: CheckpointReader) -> None:

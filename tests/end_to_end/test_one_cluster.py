@@ -24,7 +24,7 @@ from tests.ports import free_port
 pytestmark = [pytest.mark.cluster, pytest.mark.apart]
 
 NUM_TRIALS = 2
-SECOND_STEPS = 120
+SECOND_STEPS = 40
 SWEEP = """
 import json, sys
 from deepseek_ray import search_hyperparameters

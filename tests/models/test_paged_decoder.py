@@ -15,6 +15,7 @@ from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.native import NativeKernels
 from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize
 from deepseek_ray.kernels.reference import ReferenceKernels
+from deepseek_ray.models import paged_decoder
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
 from deepseek_ray.models.paged_decoder import PagedDecoder
@@ -157,3 +158,30 @@ def test_zeroing_an_expert_changes_the_logits(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "without", tiny_config(), tensors.items())
     (after,) = Runner(make_decoder(tmp_path / "without", torch.float32), 1).step([(0, tokens, 0)])
     assert (after - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_shared_experts_do_not_take_the_cores_from_routed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    """They are computed while routed ones are away, or after those that are on the same cores; with the same bits."""
+    directory = write_random_checkpoint(tmp_path / "m", tiny_config(num_hidden_layers=2))
+    chunk = [(0, [5, 6, 7], 0)]
+    (expected,) = Runner(make_decoder(directory, torch.float32), 1).step(chunk)
+    order: list[str] = []
+    combine, forward = LocalExperts.combine, paged_decoder._Mlp.forward
+
+    def combine_and_tell(self: LocalExperts, ticket: torch.Tensor) -> torch.Tensor:
+        order.append("combine")
+        return combine(self, ticket)
+
+    def forward_and_tell(self: paged_decoder._Mlp, hidden: torch.Tensor) -> torch.Tensor:
+        order.append("mlp")
+        return forward(self, hidden)
+
+    monkeypatch.setattr(LocalExperts, "uses_our_cores", lambda self, ticket: ours)
+    monkeypatch.setattr(LocalExperts, "combine", combine_and_tell)
+    monkeypatch.setattr(paged_decoder._Mlp, "forward", forward_and_tell)
+    (logits,) = Runner(make_decoder(directory, torch.float32), 1).step(chunk)
+    assert order == ["mlp", *(["combine", "mlp"] if ours else ["mlp", "combine"])]  # the first layer is dense
+    assert torch.equal(logits, expected)

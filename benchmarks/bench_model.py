@@ -1,7 +1,9 @@
-"""`bench-mini`: the DeepSeek-V3 architecture at V2-Lite widths cut to 5 layers, random bfloat16 weights N(0, 0.02)."""
+"""`bench-mini`: the DeepSeek-V3 architecture at V2-Lite widths cut to 5 layers, random bfloat16 weights N(0, 0.02); and
+a model of its kind that costs next to nothing."""
 
 from __future__ import annotations
 
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,21 +42,53 @@ BENCH_MINI = ModelConfig.parse(
 )
 
 
+BENCH_SMALL = BENCH_MINI.model_copy(
+    update={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    }
+)
+"""With the vocabulary of bench-mini, so that one tokenizer and one set of prompts serve both."""
+
+
 def bench_mini_dir(root: Path = Path(".cache/bench")) -> Path:
     """The checkpoint (5.1 GB) and a tokenizer of the standard library's source, written at the first call."""
     directory = root / "bench-mini"
-    if not (directory / "config.json").exists():
-        print(f"writing bench-mini ({BENCH_MINI.num_parameters / 1e9:.2f} B parameters) to {directory} ...", flush=True)
-        save_checkpoint(directory, BENCH_MINI, _random_tensors())
+    _write_model(directory, BENCH_MINI)
     if not (directory / "tokenizer.json").exists():
         texts = (path.read_text(errors="ignore") for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")))
         save_tokenizer(train_tokenizer(texts, BENCH_MINI.vocab_size), directory)
     return directory
 
 
-def _random_tensors() -> Iterator[tuple[str, torch.Tensor]]:
+def bench_small_dir(root: Path = Path(".cache/bench")) -> Path:
+    """A model that costs next to nothing, with the tokenizer of bench-mini."""
+    directory = root / "bench-small"
+    _write_model(directory, BENCH_SMALL)
+    shutil.copy(bench_mini_dir(root) / "tokenizer.json", directory)
+    return directory
+
+
+def _write_model(directory: Path, config: ModelConfig) -> None:
+    if not (directory / "config.json").exists():
+        print(f"writing {directory} ({config.num_parameters / 1e6:,.0f} M parameters) ...", flush=True)
+        save_checkpoint(directory, config, _random_tensors(config))
+
+
+def _random_tensors(config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    for name, shape in parameter_shapes(BENCH_MINI).items():
+    for name, shape in parameter_shapes(config).items():
         if name.endswith("norm.weight"):
             yield name, torch.ones(shape, dtype=torch.bfloat16)
         elif name.endswith("e_score_correction_bias"):

@@ -1,10 +1,12 @@
 """Streams over HTTP at once: `deepseek-ray serve` against vLLM's server on bench-mini, and what is Serve's own share.
 
-    python -m benchmarks.http_load [--rounds 2] [--threads 2] [--systems serve vllm] [--model-dir DIR]
+    python -m benchmarks.http_load [--rounds 2] [--threads 2] [--systems serve vllm]
 
 Each stream asks for 32 tokens after a prompt of 128 random ones; 1, 4, 16 and 64 at once (vLLM up to 16: its prefill of
 64 takes minutes on two cores). Time to first token, time between tokens, tokens per second over all streams. `trivial`
-is a Serve application that sends bytes at once: the first of them is what no model behind Serve can beat.
+is a Serve application that sends bytes at once: the first of them is what no model behind Serve can beat. `small` is
+`deepseek-ray serve` with a model of 4 M parameters and a prompt of 8 tokens: what is left when the model costs next
+to nothing.
 """
 
 from __future__ import annotations
@@ -21,52 +23,69 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.bench_model import bench_mini_dir
+from benchmarks.bench_model import BENCH_MINI, bench_mini_dir, bench_small_dir
 from benchmarks.peers.environments import is_there, python_of
 from benchmarks.results_file import write_results
 
-_STREAMS = {"trivial": (1,), "serve": (1, 4, 16, 64), "vllm": (1, 4, 16)}
-_PROMPT, _TOKENS, _VOCABULARY = 128, 32, 32000
+_TOKENS = 32
 _START_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One server, its model and what is asked of it."""
+
+    command: Callable[[Path, int, int], list[str]]
+    """Model, threads, port."""
+    model_dir: Callable[[], Path]
+    prompt: int
+    """Tokens."""
+    streams: tuple[int, ...]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--systems", nargs="+", choices=_STREAMS, default=tuple(_STREAMS))
-    parser.add_argument("--model-dir", type=Path)
+    parser.add_argument("--systems", nargs="+", choices=CASES, default=tuple(CASES))
     options = parser.parse_args()
-    model_dir = (options.model_dir or bench_mini_dir()).absolute()
     samples: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed in range(options.rounds):
         for system in options.systems:
             if system == "vllm" and not is_there("vllm"):
                 continue
-            with _Server(system, model_dir, options.threads) as url:
-                asyncio.run(load(url, model_dir, 1, seed=1000 + seed))  # warms up
-                for streams in _STREAMS[system]:
-                    measured = asyncio.run(load(url, model_dir, streams, seed))
+            case = CASES[system]
+            model_dir = case.model_dir().absolute()
+            with _Server(case.command(model_dir, options.threads, port := _free_port()), port, options.threads) as url:
+                asyncio.run(load(url, model_dir, case.prompt, 1, seed=1000 + seed))  # warms up
+                for streams in case.streams:
+                    measured = asyncio.run(load(url, model_dir, case.prompt, streams, seed))
                     samples.setdefault((system, streams), []).append(measured)
                     print(f"round {seed}: {system}, {streams} streams: {measured}", flush=True)
     rows = [
-        {"system": system, "streams": streams, **{name: _median(found, name) for name in found[0]}}
+        {
+            "system": system,
+            "streams": streams,
+            "prompt": CASES[system].prompt,
+            **{name: _median(found, name) for name in found[0]},
+        }
         for (system, streams), found in samples.items()
     ]
-    write_results("http_load", {"threads": options.threads, "rounds": options.rounds, "rows": rows})
+    write_results("http_load", {"tokens": _TOKENS, "threads": options.threads, "rounds": options.rounds, "rows": rows})
 
 
-async def load(url: str, model_dir: Path, streams: int, seed: int) -> dict[str, float]:
+async def load(url: str, model_dir: Path, prompt: int, streams: int, seed: int) -> dict[str, float]:
     """Milliseconds and tokens per second of so many streams at once."""
     async with httpx.AsyncClient(timeout=600.0, limits=httpx.Limits(max_connections=None)) as client:
         started = time.perf_counter()
         chances = [random.Random(f"{seed}-{streams}-{own}") for own in range(streams)]
-        times = await asyncio.gather(*(_stream(client, url, model_dir, chance) for chance in chances))
+        times = await asyncio.gather(*(_stream(client, url, model_dir, prompt, chance) for chance in chances))
         seconds = time.perf_counter() - started
     first = sorted(own[0] - started for own in times)
     gaps = sorted(later - earlier for own in times for earlier, later in itertools.pairwise(own))
@@ -76,11 +95,13 @@ async def load(url: str, model_dir: Path, streams: int, seed: int) -> dict[str, 
     return {**found, "tokens_per_second": sum(map(len, times)) / seconds}
 
 
-async def _stream(client: httpx.AsyncClient, url: str, model_dir: Path, chance: random.Random) -> list[float]:
+async def _stream(
+    client: httpx.AsyncClient, url: str, model_dir: Path, prompt: int, chance: random.Random
+) -> list[float]:
     """When each chunk with a token came."""
     body = {
         "model": model_dir.name,
-        "prompt": [chance.randrange(_VOCABULARY) for _ in range(_PROMPT)],
+        "prompt": [chance.randrange(BENCH_MINI.vocab_size) for _ in range(prompt)],
         "max_tokens": _TOKENS,
         "temperature": 1.0,
         "seed": chance.randrange(1 << 30),
@@ -100,11 +121,9 @@ async def _stream(client: httpx.AsyncClient, url: str, model_dir: Path, chance: 
 class _Server:
     """One system's server on a free port; the address of its completions."""
 
-    def __init__(self, system: str, model_dir: Path, threads: int) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
-        self._health = f"http://127.0.0.1:{self._port}/health"
-        command = _COMMANDS[system](model_dir, threads, self._port)
+    def __init__(self, command: list[str], port: int, threads: int) -> None:
+        self._port = port
+        self._health = f"http://127.0.0.1:{port}/health"
         variables = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
         self._process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **variables}
@@ -143,7 +162,17 @@ def _trivial(model_dir: Path, threads: int, port: int) -> list[str]:
     return [sys.executable, "-m", "benchmarks.trivial_stream", str(port)]
 
 
-_COMMANDS: dict[str, Callable[[Path, int, int], list[str]]] = {"trivial": _trivial, "serve": _serve, "vllm": _vllm}
+CASES = {
+    "trivial": Case(_trivial, Path, 8, (1,)),
+    "small": Case(_serve, bench_small_dir, 8, (1,)),
+    "serve": Case(_serve, bench_mini_dir, 128, (1, 4, 16, 64)),
+    "vllm": Case(_vllm, bench_mini_dir, 128, (1, 4, 16)),
+}
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def _at(ordered: list[float], part: float) -> float:

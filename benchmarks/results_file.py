@@ -27,6 +27,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def measured_on(result: dict[str, Any]) -> str:
+    """Hardware and day of a results file, in words."""
+    machine = result["machine"]
+    return f"{machine['cores']} cores of {machine['cpu']}, {machine['date']}"
+
+
 def results_path(what: str) -> Path:
     return RESULTS / f"{what}_{os.cpu_count()}cores_{datetime.date.today():%Y%m}.json"
 

@@ -14,6 +14,7 @@ import torch
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.kernels.native import NativeKernels
 
+LIMITS = "The limit is the sum over operators of max(bytes / read bandwidth, FLOP / matmul rate), measured in the run"
 _ROWS = (1, 2, 4, 8, 16, 32)
 _INPUTS, _OUTPUTS = 2048, 1024
 _BFLOAT16 = 2

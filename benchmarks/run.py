@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("frame_round_trip", "generation", "long_context", "strategies", "placement", "tuning")
+BENCHMARKS = (
+    *("frame_round_trip", "generation", "quantization", "long_context", "http_load", "simulate"),
+    *("training", "strategies", "placement", "tuning"),
+)
 
 
 def main() -> None:

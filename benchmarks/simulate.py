@@ -149,7 +149,7 @@ def _probes(found: dict[str, Any]) -> Probes:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time between tokens against tokens per second and node; a line for each number of attention workers."""
+    """Time between tokens against tokens per second and node; a colour for each number of attention workers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,12 +158,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for workers in sorted({row["attention_workers"] for row in rows}):
         own = [row for row in rows if row["attention_workers"] == workers]
-        own.sort(key=lambda row: row["step_milliseconds"])
         axis.plot(
             [row["step_milliseconds"] for row in own],
             [row["tokens_per_second_per_node"] for row in own],
             marker="o",
-            linewidth=0.8,
+            linestyle="none",
             label=f"{workers} : {own[0]['expert_shards']}",
         )
     axis.set_xlabel("milliseconds between two tokens of a sequence")

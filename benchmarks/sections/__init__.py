@@ -1,0 +1,1 @@
+"""The sections of `docs/performance.md`, each from its results file."""

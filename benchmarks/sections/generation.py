@@ -1,0 +1,107 @@
+"""Generation by `LLM`: against peers, against the limit, and with weights of fewer bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results_file import measured_on
+from benchmarks.roofline import LIMITS
+
+Rows = dict[tuple[str, int], dict[str, Any]]
+"""(system, sequences) -> what was measured."""
+
+PEERS = ("transformers", "llama.cpp", "vllm")
+OWN = ("local", "actors")
+
+
+def generation_section(result: dict[str, Any]) -> str:
+    """Tokens per second of each system, against the best peer of the same run and against the machine's limit."""
+    rows = {(row["system"], row["sequences"]): row for row in result["rows"]}
+    bounds = {int(sequences): bound for sequences, bound in result["roofline_step_milliseconds"].items()}
+    plot = Path(result["file"]).with_suffix(".png").name
+    lines = [
+        "## Generation: `LLM` against transformers, llama.cpp and vLLM on bench-mini",
+        "",
+        f"{measured_on(result)}, {result['threads']} threads, bfloat16, medians of {result['rounds']} rounds "
+        f"(`{result['file']}`). {LIMITS}. Actors: 1 attention worker, 2 shards.",
+        "",
+        f"![tokens per second of each system](../benchmarks/results/{plot})",
+        "",
+        "| sequences x prompt | system | prefill tokens/s | against the best peer | decode tokens/s "
+        "| against the best peer | of the limit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (system, sequences), row in rows.items():
+        if system in (*PEERS, *OWN):
+            cells = [f"{sequences} x {row['prompt']}", system]
+            for phase in ("prefill", "decode"):
+                speed = row[f"{phase}_tokens_per_second"]
+                cells += [f"{speed:.1f}", f"{speed / _best_peer(rows, sequences, phase):.2f}x"]
+            cells.append(f"{bounds[sequences] / row['decode_step_milliseconds']:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    ready = ", ".join(f"{system} {seconds:.1f} s" for system, seconds in result["ready_seconds"].items())
+    lines += ["", f"From the start of the process to ready: {ready}.", ""]
+    systems = {system for system, _ in rows}
+    if {"local", "fast"} <= systems:
+        lines += _deterministic(rows)
+    if {"local", "int8", "int4"} <= systems:
+        lines += _integers(rows)
+    return "\n".join(lines)
+
+
+def _best_peer(rows: Rows, sequences: int, phase: str) -> float:
+    return max(rows[peer, sequences][f"{phase}_tokens_per_second"] for peer in PEERS if (peer, sequences) in rows)
+
+
+def _deterministic(rows: Rows) -> list[str]:
+    lines = [
+        "### What determinism costs",
+        "",
+        "The same run, `LLM` as it is against `deterministic=False`, which takes torch's own operators. Above 1.00x "
+        "determinism costs nothing: our operators are the faster ones.",
+        "",
+        "| sequences | prefill tokens/s, deterministic / not | ratio | decode tokens/s, deterministic / not | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for sequences in sorted({sequences for _, sequences in rows}):
+        cells = [f"{sequences}"]
+        for phase in ("prefill", "decode"):
+            ours, torchs = (rows[system, sequences][f"{phase}_tokens_per_second"] for system in ("local", "fast"))
+            cells += [f"{ours:.1f} / {torchs:.1f}", f"{ours / torchs:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _integers(rows: Rows) -> list[str]:
+    lines = [
+        "### Weights of fewer bits",
+        "",
+        "The same run, `LLM(quantization=...)` in one process; what it does to the loss is in the next section.",
+        "",
+        "| sequences | quantization | decode tokens/s | against bfloat16 |",
+        "|---|---|---|---|",
+    ]
+    for sequences in sorted({sequences for _, sequences in rows}):
+        base = rows["local", sequences]["decode_tokens_per_second"]
+        for kind in ("int8", "int4"):
+            speed = rows[kind, sequences]["decode_tokens_per_second"]
+            lines.append(f"| {sequences} | {kind} | {speed:.1f} | {speed / base:.2f}x |")
+    return [*lines, ""]
+
+
+def quantization_section(result: dict[str, Any]) -> str:
+    lines = [
+        "## Weights of fewer bits: loss",
+        "",
+        f"The quickstart model on {result['tokens']:,} tokens of source it was not trained on, bfloat16 activations "
+        f"(`{result['file']}`).",
+        "",
+        "| quantization | nats per token | against none |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['quantization']} | {row['nats_per_token']:.4f} | {100 * row['against_none']:+.3f} % |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, ""])

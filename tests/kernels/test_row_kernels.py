@@ -187,7 +187,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
         pytest.skip("-march=x86-64 needs one")
     kernels = NativeKernels()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_module, "_FLAGS", [*native_module._FLAGS, "-march=x86-64"])
+        patch.setattr(native_module, "_FLAGS", [*native_module._FLAGS, "-march=x86-64", "-O1"])
         patch.setenv("DEEPSEEK_RAY_CACHE", str(tmp_path_factory.mktemp("plain")))
         kernels._library = load_library.__wrapped__()
     return kernels

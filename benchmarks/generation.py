@@ -2,14 +2,15 @@
 
     python -m benchmarks.generation [--rounds 3] [--threads 2] [--systems local llama.cpp ...]
 
-Every round starts each system anew (together they do not fit into memory), lets it warm up and measures all cases, so
-rounds are interleaved (A B C, A B C, ...); the table holds medians over rounds of the median step. Peers that are not
-installed are left out with a word: python -m benchmarks.peers.setup.
+Every round starts the systems anew. Those that fit into memory together take turns case by case (A B C, A B C, ...),
+since a machine's speed changes within minutes; the others follow alone. The table holds medians over rounds and turns
+of the median step. Peers that are not installed are left out with a word: python -m benchmarks.peers.setup.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_model import BENCH_MINI, bench_mini_dir
-from benchmarks.generation_drivers import DRIVERS
 from benchmarks.peers.environments import gguf_of, is_there, python_of
 from benchmarks.results_file import write_results
 from benchmarks.roofline import Probes, probe, step_seconds
@@ -31,7 +31,11 @@ CASES = ((1, 128, 24), (8, 128, 12), (32, 32, 8))
 WARM_UP = {"sequences": 2, "prompt": 8, "tokens": 4, "seed": 0}
 PEERS = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
 """Name in the table -> environment."""
-SYSTEMS = ("transformers", *PEERS, *(name for name in DRIVERS if name != "transformers"))
+GROUPS = (("llama.cpp", "local", "actors", "int8", "int4"), ("transformers",), ("vllm",), ("fast",))
+"""Systems that are in memory at once."""
+SYSTEMS = tuple(system for group in GROUPS for system in group)
+_TURNS = 2
+"""Of each case and system in a round."""
 
 
 class Driver:
@@ -110,15 +114,18 @@ def measure(systems: Sequence[str], rounds: int, threads: int) -> dict[str, Any]
     probes: list[Probes] = []
     for seed in range(1, rounds + 1):
         probes.append(probe(threads))
-        for system in systems:
-            driver = Driver(system, model_dir, threads)
-            starts.setdefault(system, []).append(driver.start_seconds)
-            driver.measure(**WARM_UP)
-            for sequences, prompt, tokens in CASES:
-                measured = driver.measure(sequences=sequences, prompt=prompt, tokens=tokens, seed=seed)
-                samples.setdefault((system, sequences), []).append(measured)
-            driver.close()
-            print(f"round {seed}: {system}, ready after {driver.start_seconds:.1f} s", flush=True)
+        for group in GROUPS:
+            drivers = {system: Driver(system, model_dir, threads) for system in group if system in systems}
+            for system, driver in drivers.items():
+                starts.setdefault(system, []).append(driver.start_seconds)
+                print(f"round {seed}: {system}, ready after {driver.start_seconds:.1f} s", flush=True)
+                driver.measure(**WARM_UP)
+            for (sequences, prompt, tokens), turn in itertools.product(CASES, range(_TURNS)):
+                for system, driver in drivers.items():
+                    request = {"sequences": sequences, "prompt": prompt, "tokens": tokens, "seed": seed + 100 * turn}
+                    samples.setdefault((system, sequences), []).append(driver.measure(**request))
+            for driver in drivers.values():
+                driver.close()
     return {
         "threads": threads,
         "rounds": rounds,

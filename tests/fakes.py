@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
@@ -51,6 +52,9 @@ class FakeDecoder:
         """After one of these tokens the logits are NaN."""
         self.failures: list[Exception] = []
         """Raised by the next calls of `forward`, one each."""
+
+    def sample(self, logits: np.ndarray, temperature: float, number: float) -> int | None:
+        return None
 
     def new_cache(self, num_blocks: int, block_size: int) -> LatentCache:
         config = self.config

@@ -74,6 +74,7 @@ class Engine:
             config.max_num_batched_tokens,
             config.prefix_caching,
         )
+        self._sample = decoder.sample
         self._runner = Runner(decoder, plan.num_blocks, config.block_size)
         self.copies = BlockCopies(self._scheduler.blocks, self._runner.cache, self._scheduler.full_blocks)
         """The way of full blocks out of this engine and into it."""
@@ -193,7 +194,8 @@ class Engine:
         deadline = None if request.deadline_seconds is None else now + request.deadline_seconds
         structure = request.params.structured_outputs
         grammar = self.grammars.start(structure) if self.grammars and structure else None
-        generation = Generation(request, sampling_seed(request, self.config.seed), output, deadline, grammar, now)
+        seed = sampling_seed(request, self.config.seed)
+        generation = Generation(request, seed, output, deadline, grammar, now, self._sample)
         finish = generation.replay()
         if finish:
             self._ended.append(generation.end(finish))

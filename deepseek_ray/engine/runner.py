@@ -40,6 +40,10 @@ class Decoder(Protocol):
         """Store the batch's latents in `cache` and return logits [n, vocab_size] float32 of `batch.logit_rows`."""
         ...
 
+    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
+        """See `Kernels.sample`."""
+        ...
+
 
 class Runner:
     """Owns the latent cache and runs steps over it."""

@@ -6,7 +6,7 @@ output. The steps and their order are those of vLLM's V1 sampler (vllm/v1/sample
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from deepseek_ray.errors import GenerationError
 from deepseek_ray.messages import SamplingParams, TokenLogprob
 
 Floats = NDArray[np.float64]
+Sample = Callable[[NDArray[np.float32], float, float], "int | None"]
+"""Logits [vocab_size], temperature, number in [0, 1) -> token, None when it has none: `Kernels.sample`."""
 _FIRST_NUCLEUS = 256
 """Most likely tokens that top-p sorts at first; mostly enough, and sorting a whole vocabulary takes 10 ms."""
 
@@ -26,14 +28,20 @@ def choose_token(
     seed: int,
     token_ids: list[int],
     num_prompt_tokens: int,
-    forbidden_token_ids: Iterable[int] = (),
+    forbidden_token_ids: Collection[int] = (),
     allowed: NDArray[np.bool_] | None = None,
+    sample: Sample | None = None,
 ) -> int:
     """Choose what follows `token_ids` (prompt, then output). `logits` [vocab_size] float32.
 
-    `allowed` [vocab_size] is the token mask of a structured output, None for a free one. GenerationError when a logit
-    is not finite or every token is forbidden.
+    `allowed` [vocab_size] is the token mask of a structured output, None for a free one. `sample` is asked where the
+    temperature alone decides. GenerationError when a logit is not finite or every token is forbidden.
     """
+    number = uniform(seed, len(token_ids) - num_prompt_tokens) if params.temperature else 0.0
+    if sample is not None and allowed is None and not forbidden_token_ids and is_plain(params):
+        token_id = sample(logits, params.temperature, number)
+        if token_id is not None:
+            return token_id
     check_finite(logits, len(token_ids))
     scores = adjust_logits(logits, params, token_ids, num_prompt_tokens, forbidden_token_ids, allowed)
     best = int(scores.argmax())  # the lowest id among equals
@@ -44,7 +52,14 @@ def choose_token(
         )
     if params.temperature == 0:
         return best
-    return draw(token_weights(scores, params), uniform(seed, len(token_ids) - num_prompt_tokens))
+    return draw(token_weights(scores, params), number)
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether nothing but the temperature changes the model's distribution."""
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    cuts = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return not (penalties or cuts or params.logit_bias)
 
 
 def check_finite(logits: NDArray[np.float32], place: int) -> None:

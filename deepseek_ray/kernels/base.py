@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.kernels.quantize import Quantization
@@ -94,6 +96,12 @@ class Kernels(ABC):
     @abstractmethod
     def scores(self, logits: Tensor, kind: ScoreKind) -> Tensor:
         """Gate scores of float32 `logits [T, E] -> [T, E]`."""
+
+    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
+        """The token at `number` in [0, 1) of softmax(`logits [V]` / temperature), in id order; the most likely one, the
+        lowest id among equals, at temperature 0. None: choose it otherwise (a logit is not finite, or these kernels
+        have no faster way than numpy's)."""
+        return None
 
     @abstractmethod
     def latent_attention(

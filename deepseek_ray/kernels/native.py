@@ -14,8 +14,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.errors import DeepSeekRayError
@@ -60,6 +62,7 @@ def load_library() -> ctypes.CDLL:
                 _build(compiler, path)
     library = ctypes.CDLL(str(path))
     library.dr_check()
+    library.dr_sample.restype = ctypes.c_int64
     return library
 
 
@@ -289,6 +292,16 @@ class NativeKernels(Kernels):
             0 if kind == "sigmoid" else 1,
         )
         return out
+
+    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
+        assert logits.dtype == np.float32 and logits.flags.c_contiguous
+        token_id = self._library.dr_sample(
+            ctypes.c_void_p(logits.ctypes.data),
+            ctypes.c_int64(logits.size),
+            ctypes.c_float(temperature),
+            ctypes.c_double(number),
+        )
+        return token_id if token_id >= 0 else None
 
     def latent_attention(
         self,

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.config.model import ModelConfig
@@ -68,6 +70,10 @@ class PagedDecoder:
         )
 
     @torch.inference_mode()
+    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
+        """See `Kernels.sample`."""
+        return self._kernels.sample(logits, temperature, number)
+
     def forward(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
         """Logits of the tokens `batch.logit_rows`, `[n, vocab_size]` float32. Writes the step's latents to `cache`."""
         with self._kernels.computing():

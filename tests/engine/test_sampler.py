@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from deepseek_ray.engine.philox import uniform
 from deepseek_ray.engine.sampler import adjust_logits, choose_token, describe_choice, draw, token_weights
 from deepseek_ray.errors import GenerationError
+from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.native import NativeKernels
+from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.messages import SamplingParams
 
 
@@ -214,3 +218,61 @@ def test_logprobs_of_equals_and_of_zero_and_of_too_many() -> None:
     assert describe_choice(logits, 2, 0).top == []
     assert describe_choice(logits, 2, 0).rank == 1
     assert len(describe_choice(logits, 2, 20).top) == 5
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 512, 513, 32003])
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0])
+def test_the_fast_way_draws_from_the_same_distribution(size: int, temperature: float) -> None:
+    """The place of the chosen token in the exact cumulative distribution holds the number, up to rounding."""
+    sample = native().sample
+    logits = random_row(size, seed=size, scale=4.0)
+    weights = token_weights(logits.astype(np.float64), SamplingParams(temperature=temperature))
+    ends = np.cumsum(weights) / weights.sum()
+    for number in [0.0, 1 - 2**-53, *np.random.default_rng(1).random(300)]:
+        token = sample(logits, temperature, number)
+        assert token is not None
+        before = ends[token - 1] if token else 0.0
+        assert before - 1e-5 <= number <= ends[token] + 1e-5
+        assert weights[token] > 0
+
+
+def test_the_fast_way_is_taken_where_the_temperature_alone_decides() -> None:
+    logits, asked = random_row(100), []
+
+    def sample(row: np.ndarray, temperature: float, number: float) -> int | None:
+        asked.append((temperature, number))
+        return native().sample(row, temperature, number)
+
+    def choose(forbidden: set[int] = frozenset(), allowed: np.ndarray | None = None, **params: Any) -> int:  # type: ignore[assignment]
+        return choose_token(logits, SamplingParams(**params), 7, [1, 2, 3], 2, forbidden, allowed, sample)
+
+    assert choose(temperature=0) == logits.argmax()
+    assert choose(temperature=0.8) == choose_token(logits, SamplingParams(temperature=0.8), 7, [1, 2, 3], 2)
+    assert asked == [(0.0, 0.0), (0.8, uniform(7, 1))]
+    for params in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}):
+        choose(**params)  # type: ignore[arg-type]
+    choose(repetition_penalty=1.1)
+    choose(logit_bias={3: 2.0})
+    choose(forbidden={5})
+    choose(allowed=np.ones(100, dtype=bool))
+    assert len(asked) == 2
+
+
+def test_the_fast_way_takes_the_lowest_of_equals_and_leaves_bad_rows_alone() -> None:
+    sample = native().sample
+    equal = row([1.0] * 3 + [5.0] + [2.0] * 40 + [5.0] * 9)
+    assert sample(equal, 0.0, 0.0) == 3
+    for bad in (np.nan, np.inf, -np.inf):
+        for place in (0, 16, 52):
+            spoiled = equal.copy()
+            spoiled[place] = bad
+            assert sample(spoiled, 1.0, 0.5) is None
+            with pytest.raises(GenerationError, match="1 of 53 logits are NaN or infinite"):
+                choose_token(spoiled, SamplingParams(), 0, [0], 1, sample=sample)
+
+
+def native() -> Kernels:
+    kernels = default_kernels()
+    if not isinstance(kernels, NativeKernels):
+        pytest.skip("no C++ compiler")
+    return kernels

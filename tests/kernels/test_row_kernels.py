@@ -209,6 +209,9 @@ def test_another_cpu_gives_the_same_bits(native: NativeKernels, plain: NativeKer
         lambda kernels: kernels.latent_attention(**case),
     ):
         assert torch.equal(operator(plain), operator(native))
+    logits = random(1, 5003, seed=3)[0].numpy() * 4
+    for number in torch.rand(200, generator=torch.Generator().manual_seed(4)).tolist():
+        assert plain.sample(logits, 0.7, number) == native.sample(logits, 0.7, number)
 
 
 def test_threads_that_compute_at_once_do_not_mix(native: NativeKernels) -> None:

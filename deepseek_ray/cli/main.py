@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -83,10 +85,13 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None, told_by: str = _NAME) -> None:
-    """Exit codes: 0 done, 1 an error of ours in one line on stderr, 2 wrong usage, 130 interrupted.
+    """Exit codes: 0 done, 1 an error of ours in one line on stderr, 2 wrong usage, 130 interrupted, 143 terminated.
 
-    `arguments` None takes those of the process. `told_by` stands before an error's line.
+    `arguments` None takes those of the process. `told_by` stands before an error's line. SIGTERM ends a command as
+    Ctrl-C does: what it has started is cleared away first.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app(arguments, prog_name=_NAME)
     except DeepSeekRayError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -257,3 +258,28 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings["no-such-package"].status == "missing"
     assert "pip install" in findings["no-such-package"].remedy
     assert "odd machine" in findings["memory"].value
+
+
+LONG_COMMAND = """
+import time
+from deepseek_ray.cli import main as cli
+
+def app(arguments, prog_name):
+    try:
+        print("started", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleared away", flush=True)
+
+cli.app = app
+cli.main([])
+"""
+
+
+def test_a_terminated_command_clears_away_what_it_started() -> None:
+    with subprocess.Popen([sys.executable, "-c", LONG_COMMAND], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[0] == "cleared away\n"
+    assert process.returncode == 143

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import ray
 
 from deepseek_ray.chaos.hosts import Hosts
 from deepseek_ray.errors import DeploymentError
@@ -78,11 +79,25 @@ class HostCluster:
             time.sleep(0.1)
 
     def restore(self) -> None:
-        """Start the nodes again that have ended: by a fault, or because the cluster took them for dead."""
-        for host, node in self._nodes.items():
-            if host and node.poll() is not None:
-                self.hosts.power_off(host)  # whatever a node left that ended itself
-                self.start(host)
+        """Every node alive again, from the joined cluster's view: those that have ended are started anew, by a fault or
+        because the cluster took them for dead, which a node that was cut off learns only some time afterwards."""
+        deadline = time.monotonic() + _START_SECONDS
+        while missing := self._missing():
+            if time.monotonic() > deadline:
+                raise DeploymentError(f"the Ray nodes of hosts {missing} are not back after {_START_SECONDS:g} s")
+            for host in missing:
+                if self._nodes[host].poll() is not None:
+                    self.hosts.power_off(host)  # whatever a node left that ended itself
+                    self.start(host)
+            time.sleep(0.2)
+
+    def _missing(self) -> list[int]:
+        alive = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        return [
+            host
+            for host, node in self._nodes.items()
+            if host and (node.poll() is not None or self.hosts.address(host) not in alive)
+        ]
 
     def close(self) -> None:
         self.hosts.close()

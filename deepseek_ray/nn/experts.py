@@ -5,7 +5,7 @@ Letters: T tokens, K experts per token, E routed experts, H hidden size, I width
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,26 +39,65 @@ class Experts(nn.Module):
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows: [N, H] in expert order; counts: [E] int64, the rows of each expert. Returns [N, H] in the same order.
 
-        Python loops only over experts that have rows. Without any row every expert multiplies nothing, so that the
-        weights have a gradient (zero) then too.
+        Experts without rows get a gradient of zero.
         """
-        outputs = []
-        for own, weights in zip(rows.split(counts.tolist()), self.per_expert(), strict=True):
-            if own.shape[0] or not rows.shape[0]:
-                outputs.append(self.compute_one(own, *weights))
-        return torch.cat(outputs)
+        sizes = counts.tolist()
+        gate, up = grouped_linear(rows, self.gate_up, sizes).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, self.down, sizes)
 
-    def per_expert(self) -> Iterable[tuple[Tensor, ...]]:
-        """What `compute_one` needs of each expert, in order.
 
-        unbind, not indexing: its backward writes the stacked gradient once instead of once per expert.
-        """
-        return zip(self.gate_up.unbind(0), self.down.unbind(0), strict=True)
+def grouped_linear(rows: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    """rows [N, in] in order of the experts, weights [E, out, in], sizes: rows of each expert -> [N, out].
 
-    def compute_one(self, rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """One expert over its rows: [R, H] -> [R, H]."""
-        gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, down)
+    Under autocast in its dtype, as torch's own linear.
+    """
+    kind = rows.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        rows, weights = rows.to(dtype), weights.to(dtype)
+    return _GroupedLinear.apply(rows, weights, sizes)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """One product per expert that has rows, each into its place of the result: composed of torch's own operators, the
+    backward pass would copy every gradient of a weight once more to stack them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.sizes = sizes
+        out = rows.new_empty(rows.shape[0], weights.shape[1])
+        for expert, own in _slices(sizes):
+            torch.mm(rows[own], weights[expert].t(), out=out[own])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weights = ctx.saved_tensors
+        of_rows, of_weights = (
+            torch.empty_like(input) if needed else None
+            for input, needed in zip((rows, weights), ctx.needs_input_grad, strict=False)
+        )
+        for expert, own in _slices(ctx.sizes):
+            if of_rows is not None:
+                torch.mm(grad[own], weights[expert], out=of_rows[own])
+            if of_weights is not None:
+                torch.mm(grad[own].t(), rows[own], out=of_weights[expert])
+        if of_weights is not None:
+            for expert, size in enumerate(ctx.sizes):
+                if not size:
+                    of_weights[expert].zero_()
+        return of_rows, of_weights, None
+
+
+def _slices(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Every expert that has rows, and where they are."""
+    end = 0
+    for expert, size in enumerate(sizes):
+        end += size
+        if size:
+            yield expert, slice(end - size, end)
 
 
 class _ToExperts(torch.autograd.Function):

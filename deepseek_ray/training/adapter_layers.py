@@ -7,8 +7,7 @@ Letters: r rank, E routed experts, C experts with an adapter, I width of an expe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,20 +73,24 @@ class LoraExperts(Experts):
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """As without adapters. Every adapter takes part, with nothing where its experts have no rows, so that it has a
-        gradient in every step and on every worker."""
-        outputs = super().compute(rows, counts)
-        nothing = torch.stack([p.sum() for name in self.projections for p in self.adapters(name).parameters()]).sum()
-        return outputs + (0.0 * nothing).to(outputs.dtype)
+        gradient in every step and on every worker.
 
-    def per_expert(self) -> Iterable[tuple[Any, ...]]:
+        Python loops over the experts that have rows.
+        """
         pairs = {name: self.adapters(name).by_expert() for name in self.projections}
-        for expert, weights in enumerate(super().per_expert()):
-            yield *weights, {name: own[expert] for name, own in pairs.items() if expert in own}
+        outputs = [rows[:0]]
+        stacked = zip(rows.split(counts.tolist()), self.gate_up.unbind(0), self.down.unbind(0), strict=True)
+        for expert, (own, gate_up, down) in enumerate(stacked):
+            if own.shape[0]:
+                adapted = {name: pair[expert] for name, pair in pairs.items() if expert in pair}
+                outputs.append(self._compute_one(own, gate_up, down, adapted))
+        nothing = torch.stack([p.sum() for name in self.projections for p in self.adapters(name).parameters()]).sum()
+        output = torch.cat([part.to(outputs[-1].dtype) for part in outputs])
+        return output + (0.0 * nothing).to(output.dtype)
 
-    def compute_one(self, rows: Tensor, gate_up: Tensor, down: Tensor, *pairs: Mapping[str, Pair]) -> Tensor:
+    def _compute_one(self, rows: Tensor, gate_up: Tensor, down: Tensor, own: Mapping[str, Pair]) -> Tensor:
         """One expert over its rows: [R, H] -> [R, H], with its adapters by projection."""
         gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
-        (own,) = pairs
         gate = self._adapted(gate, rows, own.get("gate_proj"))
         inner = F.silu(gate) * self._adapted(up, rows, own.get("up_proj"))
         return self._adapted(F.linear(inner, down), inner, own.get("down_proj"))

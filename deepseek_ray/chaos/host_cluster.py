@@ -23,6 +23,8 @@ from deepseek_ray.errors import DeploymentError
 ROLE_LABEL = "deepseek-ray/role"
 _RAY = str(Path(sys.executable).with_name("ray"))
 _START_SECONDS = 90.0
+_VERDICT_SECONDS = 15.0
+"""Ray's health checks come every 3 s and wait 10 s for an answer."""
 _TIGHT_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
@@ -43,6 +45,7 @@ class HostCluster:
         """`roles`: value of the label `deepseek-ray/role` of each host's node."""
         self.hosts = hosts
         self._roles = list(roles)
+        self._tight_health_checks = tight_health_checks
         # A short path: Ray puts sockets in it, and their paths may have 107 bytes.
         self._directory = Path(tempfile.mkdtemp(prefix="drh", dir="/tmp"))
         self._environment = {**os.environ, **(_TIGHT_HEALTH_CHECKS if tight_health_checks else {})}
@@ -80,7 +83,9 @@ class HostCluster:
 
     def restore(self) -> None:
         """Every node alive again, from the joined cluster's view: those that have ended are started anew, by a fault or
-        because the cluster took them for dead, which a node that was cut off learns only some time afterwards."""
+        because the cluster took them for dead. Waits for a verdict that was on its way when the cable was back."""
+        if not self._tight_health_checks:
+            time.sleep(_VERDICT_SECONDS)
         deadline = time.monotonic() + _START_SECONDS
         while missing := self._missing():
             if time.monotonic() > deadline:

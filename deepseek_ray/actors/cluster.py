@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -39,11 +43,21 @@ def join_or_start(address: str | None = None) -> Cluster:
         return Cluster(connected_here=False)
     wanted = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": False}
-    if wanted:
-        ray.init(address=wanted, **quiet)
-    else:
-        ray.init(address="local", include_dashboard=False, _temp_dir=_temp_dir(), **quiet)
+    with _own_sigterm_handler():
+        if wanted:
+            ray.init(address=wanted, **quiet)
+        else:
+            ray.init(address="local", include_dashboard=False, _temp_dir=_temp_dir(), **quiet)
     return Cluster(connected_here=True)
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keep the handler that the process has, if it has one: Ray's ends it at once, and nothing is cleared away."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _temp_dir() -> str | None:

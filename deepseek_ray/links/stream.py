@@ -177,7 +177,11 @@ class StreamLink(Link):
         deadline = 0.0
         while left:
             self._raise_failure()
-            count = self._channel.write(left, descriptors)
+            try:
+                count = self._channel.write(left, descriptors)
+            except LinkClosedError:
+                self._raise_failure()  # the link was closed here while this thread was writing
+                raise
             if count:
                 left, descriptors, deadline = _without(left, count), (), 0.0
                 continue

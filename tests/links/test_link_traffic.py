@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from deepseek_ray.errors import LinkClosedError, LinkError
 from deepseek_ray.links import shared_memory
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.frame import DtypeCode, Frame, FrameKind
+from deepseek_ray.links.stream import StreamLink
 
 MEDIA = ("shared_memory", "tcp")
 SLOT = 1 << 20
@@ -305,6 +307,21 @@ def test_what_was_sent_before_closing_arrives_before_the_end(link_pair: Pair, me
     for call in (server.receive, server.fileno, lambda: server.send(Frame(FrameKind.PING))):
         with pytest.raises(LinkClosedError):
             call()
+
+
+@both_media
+def test_a_write_that_closing_breaks_off_says_so(link_pair: Pair, medium: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, server = link_pair(medium)
+    assert isinstance(server, StreamLink)
+    write = server._channel.write
+
+    def close_and_write(*arguments: Any) -> int:
+        server._fail(LinkClosedError("closed here"))  # what `close` does first, before it waits for writers
+        return write(*arguments)
+
+    monkeypatch.setattr(server._channel, "write", close_and_write)
+    with pytest.raises(LinkClosedError, match="closed here"):
+        server.send(Frame(FrameKind.PING))
 
 
 @both_media

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from deepseek_ray.actors.expert_frames import ONE_BY_ONE, RELOAD, call_frame, read_reply
@@ -23,7 +22,8 @@ from deepseek_ray.actors.shard_links import ShardLinks
 from deepseek_ray.control.patience import Patience
 from deepseek_ray.control.reports import ShardAddress
 from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError, LinkError, LinkLostError, UnavailableError
-from deepseek_ray.expert_parallel.dispatch import ShardCall, plan_calls
+from deepseek_ray.expert_parallel.dispatch import ShardCall
+from deepseek_ray.kernels.pairs import default_pairs
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.frame import Frame, FrameKind
 from deepseek_ray.nn.moe import ExpertBackend
@@ -102,6 +102,7 @@ class RemoteExperts(ExpertBackend):
         self._ask_for_news = ask_for_news
         self._interrupted = interrupted
         self._patience = Patience(hedge_after_seconds)
+        self._pairs = default_pairs()
         self._sequence = 0
         self.meter = ExpertMeter()
         self.num_frames = 0
@@ -119,9 +120,10 @@ class RemoteExperts(ExpertBackend):
         started = time.monotonic()
         tokens, top_k = expert_ids.shape
         routes = self._directory.routes(layer)
-        counts = expert_ids.flatten().bincount(minlength=len(routes.first))
+        expert_ids = expert_ids.contiguous()
+        counts = self._pairs.count(expert_ids, len(routes.first))
         ticket = _Ticket(layer, hidden, expert_ids, counts, hidden.new_empty(tokens * top_k, hidden.shape[1]))
-        for call in plan_calls(expert_ids, routes.choose(counts, self._links.avoided)):
+        for call in self._pairs.plan(expert_ids, routes.choose(counts, self._links.avoided)):
             self._send(ticket, _Pending(call, attempt=0))
         self.meter.dispatched(layer, counts, time.monotonic() - started)
         return ticket
@@ -157,7 +159,7 @@ class RemoteExperts(ExpertBackend):
             return
         frame = call_frame(
             pending.call,
-            ticket.hidden,
+            self._pairs.pick(ticket.hidden, pending.call.token_rows),
             ticket.layer,
             self._sequence,
             pending.attempt,
@@ -193,7 +195,7 @@ class RemoteExperts(ExpertBackend):
 
     def _plan(self, ticket: _Ticket, places: Tensor, attempt: int, flags: int) -> None:
         shards = self._directory.routes(ticket.layer).choose(ticket.counts, self._links.avoided | ticket.refused)
-        for call in plan_calls(ticket.expert_ids, shards, places):
+        for call in self._pairs.plan(ticket.expert_ids, shards, places):
             self._send(ticket, _Pending(call, attempt, flags))
 
     def _hedge(self, ticket: _Ticket) -> None:
@@ -260,23 +262,21 @@ class RemoteExperts(ExpertBackend):
         pending.sent = now
         if pending.is_computing:
             return
-        if self._has_gone_wrong(ticket, pending, places, rows):
+        finite = self._pairs.put(rows, places, ticket.rows)
+        if not finite and self._has_gone_wrong(ticket, pending, places, rows):
             del ticket.pending[sequence]
             self._plan(ticket, pending.places, pending.attempt + 1, pending.flags | RELOAD)
             return
-        ticket.rows[places] = rows
         pending.answered += len(rows)
         if pending.answered == len(pending.call.places):
             del ticket.pending[sequence]
 
     def _has_gone_wrong(self, ticket: _Ticket, pending: _Pending, places: Tensor, rows: Tensor) -> bool:
-        """Whether finite inputs gave rows [P, H] that are not: the weights in the shard's memory are to be read anew.
+        """Whether finite inputs gave these rows [P, H], which are not: the shard's weights are to be read anew.
 
         If the rows are the same after that, the model gives them; the requests they belong to end with an error.
         """
-        if pending.flags & RELOAD or rows.sum(dtype=torch.float32).isfinite() or rows.isfinite().all():
-            return False
-        if not ticket.hidden[ticket.token_of(places)].isfinite().all():
+        if pending.flags & RELOAD or not ticket.hidden[ticket.token_of(places)].isfinite().all():
             return False
         wrong = ticket.expert_ids.flatten()[places[~rows.isfinite().all(dim=1)]].unique().tolist()
         logger.error(

@@ -41,7 +41,7 @@ class CallContent(NamedTuple):
 
 def call_frame(
     call: ShardCall,
-    hidden: Tensor,
+    rows: Tensor,
     layer: int,
     sequence: int,
     attempt: int,
@@ -49,9 +49,8 @@ def call_frame(
     table_version: tuple[int, int],
     flags: int = 0,
 ) -> Frame:
-    """hidden [T, H] is the whole layer's input; the rows the shard needs are picked here."""
+    """rows [N, H], contiguous: of the layer's input, those that the shard needs."""
     generation, epoch = table_version
-    rows = hidden[call.token_rows].contiguous()
     return Frame(
         FrameKind.EXPERT_CALL,
         [_bytes(call.pair_rows), _bytes(call.pair_experts), _bytes(rows)],
@@ -64,7 +63,7 @@ def call_frame(
         attempt=attempt,
         num_rows=rows.shape[0],
         num_pairs=call.pair_rows.numel(),
-        dtype=_CODES[hidden.dtype],
+        dtype=_CODES[rows.dtype],
     )
 
 

@@ -1,0 +1,104 @@
+"""(token, expert) pairs of an MoE layer on their way to expert shards and back: counted, divided, picked and put.
+
+Between two layers' products these take much of an attention worker's own time, since each small operation of torch or
+numpy finds its code and data out of the caches: one call of C++ replaces five to ten of them. `Pairs` is the slow
+obvious one, and serves where nothing was built.
+
+Letters: T tokens, K experts per token, P pairs, H hidden size, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from deepseek_ray.expert_parallel.dispatch import ShardCall, plan_calls
+from deepseek_ray.kernels.native import NativeKernels, load_library
+from deepseek_ray.kernels.select import default_kernels
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Pairs:
+    """With operators of torch and numpy."""
+
+    def count(self, expert_ids: Tensor, num_experts: int) -> Tensor:
+        """[E] int64: how often each expert is in expert_ids [T, K] int64."""
+        return expert_ids.flatten().bincount(minlength=num_experts)
+
+    def plan(self, expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:
+        """See `plan_calls`."""
+        return plan_calls(expert_ids, owners, places)
+
+    def pick(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The rows `rows` [N] int64 of x [T, H] -> [N, H], contiguous."""
+        return x[rows].contiguous()
+
+    def put(self, rows: Tensor, places: Tensor, to: Tensor) -> bool:
+        """Rows [P, H] at `places` [P] int64 of `to`, in place; whether all of them are finite."""
+        to[places] = rows
+        return bool(rows.isfinite().all())
+
+
+class NativePairs(Pairs):
+    """The same in C++, for tensors on the CPU in float32 and bfloat16; others take the way of torch."""
+
+    def __init__(self) -> None:
+        library = load_library()
+        long, pointer = ctypes.c_int64, ctypes.c_void_p
+        self._count = library.dr_count_experts
+        self._count.argtypes, self._count.restype = [pointer, long, pointer, long], None
+        self._plan = library.dr_plan_calls
+        self._plan.argtypes, self._plan.restype = [pointer, long, pointer, pointer, long, *[pointer] * 6], long
+        self._pick = library.dr_pick_rows
+        self._pick.argtypes, self._pick.restype = [pointer, long, pointer, long, long, ctypes.c_int32, pointer], None
+        self._put = library.dr_put_rows
+        self._put.argtypes, self._put.restype = [pointer, pointer, long, long, ctypes.c_int32, pointer], ctypes.c_int32
+
+    def count(self, expert_ids: Tensor, num_experts: int) -> Tensor:
+        assert expert_ids.is_contiguous()
+        counts = torch.empty(num_experts, dtype=torch.int64)
+        self._count(expert_ids.data_ptr(), expert_ids.numel(), counts.data_ptr(), num_experts)
+        return counts
+
+    def plan(self, expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:
+        assert expert_ids.is_contiguous() and (places is None or places.is_contiguous())
+        num = expert_ids.numel() if places is None else places.numel()
+        longs, indices = torch.empty(5, num, dtype=torch.int64), torch.empty(2 * num, dtype=torch.int32)
+        wanted = None if places is None else places.data_ptr()
+        ids, outputs = expert_ids.data_ptr(), [part.data_ptr() for part in longs]
+        num_calls = self._plan(ids, expert_ids.shape[1], owners.data_ptr(), wanted, num, *outputs, indices.data_ptr())
+        calls, start = [], 0
+        for shard, rows, pairs in longs[:3, :num_calls].T.tolist():
+            end, middle = start + pairs, 2 * start + pairs
+            token_rows = longs[3, start : start + rows]
+            calls.append(
+                ShardCall(
+                    shard, token_rows, indices[2 * start : middle], indices[middle : 2 * end], longs[4, start:end]
+                )
+            )
+            start = end
+        return calls
+
+    def pick(self, x: Tensor, rows: Tensor) -> Tensor:
+        if x.dtype not in _DTYPES or x.stride(1) != 1:
+            return super().pick(x, rows)
+        out = torch.empty(len(rows), x.shape[1], dtype=x.dtype)
+        self._pick(x.data_ptr(), x.stride(0), rows.data_ptr(), len(rows), x.shape[1], _DTYPES[x.dtype], out.data_ptr())
+        return out
+
+    def put(self, rows: Tensor, places: Tensor, to: Tensor) -> bool:
+        if rows.dtype not in _DTYPES or rows.dtype != to.dtype or not (rows.is_contiguous() and to.is_contiguous()):
+            return super().put(rows, places, to)
+        count, width = rows.shape
+        dtype = _DTYPES[rows.dtype]
+        return bool(self._put(rows.data_ptr(), places.data_ptr(), count, width, dtype, to.data_ptr()))
+
+
+@functools.cache
+def default_pairs() -> Pairs:
+    """In C++ where the kernels are."""
+    return NativePairs() if isinstance(default_kernels(), NativeKernels) else Pairs()

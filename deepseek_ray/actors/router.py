@@ -60,6 +60,7 @@ class Router:
             started=time.monotonic(),
             drain_seconds=config.drain_seconds,
             kv_copies=config.kv_copies,
+            stand_in_after_seconds=config.stand_in_after_seconds,
         )
         self._load = ExpertLoad(self._record.moe_layers, self._record.num_experts, _LOAD_WINDOW_SECONDS)
         self._admission = Admission(config.engine.max_num_seqs + config.engine.max_waiting, config.kv_copies)

@@ -75,6 +75,11 @@ CELLS = {
         config={"expert_replicas": 2},
         promised_stall=1.0,
     ),
+    "stop-shard": Cell(
+        "SIGSTOP expert shard 20 s, none",
+        lambda nemesis: nemesis.stop("expert_shard", 20.0),
+        promised_stall=15.0,
+    ),
     "power-off-shard": Cell(
         "power cut of an expert shard's host, 3 nodes",
         lambda nemesis: nemesis.power_off("expert_shard"),
@@ -101,6 +106,7 @@ CELLS = {
         "partition 60 s, expert shard's host",
         lambda nemesis: nemesis.cut_off("expert_shard", 60.0),
         config=_SHARDS_AWAY,
+        promised_stall=15.0,
         hosts=_EXPERT_HOSTS,
     ),
     "cut-off-worker-5": Cell(

@@ -97,6 +97,9 @@ class DeploymentConfig(FrozenConfig):
     """Follow the load between these limits; None keeps the numbers above until `deepseek-ray scale`."""
     standby_shards: int = Field(default=0, ge=0)
     """Processes that hold no experts and take the place of an expert shard that is lost."""
+    stand_in_after_seconds: float | None = Field(default=8.0, gt=0)
+    """An expert shard that is away for this long has its experts loaded by the others, as far as their memory allows,
+    until it is back; a process that ends is started again sooner, a host that is cut off is not. None waits for it."""
     attention_labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that attention workers run on (`ray start --labels`); empty takes any node."""
     expert_labels: dict[str, str] = Field(default_factory=dict)

@@ -16,6 +16,7 @@ from deepseek_ray.control.plan import Plan, Role, take_over, without_member
 from deepseek_ray.control.reports import Directive, MemberReport, MemberState, ShardAddress, WorkerView
 from deepseek_ray.control.routes import held_by, published_placement, unreachable_experts
 from deepseek_ray.control.shard_figures import ShardFigures
+from deepseek_ray.control.stand_ins import StandIns
 from deepseek_ray.expert_parallel.placement import Placement, experts_of_shard
 from deepseek_ray.expert_parallel.table import RoutingTable
 
@@ -47,6 +48,8 @@ class Membership:
     """How long a worker that leaves may finish what it has."""
     kv_copies: bool = False
     """Whether workers copy their cache blocks to a peer."""
+    stand_in_after_seconds: float | None = None
+    """How long a shard is away before others load its experts; None: never."""
     closing: bool = False
     epoch: int = 1
     _members: dict[tuple[Role, int], _Member] = field(default_factory=dict)
@@ -57,6 +60,7 @@ class Membership:
         self._addresses: dict[int, ShardAddress] = {}
         self._wanted: dict[int, dict[int, list[int]]] = {}  # of each shard, under the plan of `_wanted_revision`
         self._wanted_revision = self.plan.revision
+        self._stand_ins = StandIns(self.stand_in_after_seconds)
 
     @property
     def table(self) -> RoutingTable:
@@ -96,6 +100,7 @@ class Membership:
             member = self._members.get(("expert_shard", id))
             if member is not None and now - member.last_seen > SUSPECT_SECONDS:
                 self._replace_lost({id: member.report.incarnation}, now)
+        self._stand_ins.update(self.plan, self._last_ready_shards(), self.shard_figures(), now)
         for id in self.plan.leaving_workers:
             since = self._leaving_since.setdefault(id, now)
             if in_flight(id) == 0 or now - since > self.drain_seconds:
@@ -201,6 +206,13 @@ class Membership:
         return Directive(generation=self.generation, held=held if is_new or held != report.held else None)
 
     def _wanted_of(self, shard: int) -> dict[int, list[int]]:
+        """layer -> experts that a shard shall hold: the plan's, and those of shards that are away."""
+        planned, lent = self._planned_of(shard), self._stand_ins.of(shard)
+        if not lent:
+            return planned
+        return planned | {layer: sorted({*planned.get(layer, ()), *experts}) for layer, experts in lent.items()}
+
+    def _planned_of(self, shard: int) -> dict[int, list[int]]:
         """layer -> experts that the plan gives a shard; looked up in every report, so it is kept."""
         if self._wanted_revision != self.plan.revision:
             self._wanted, self._wanted_revision = {}, self.plan.revision
@@ -225,6 +237,17 @@ class Membership:
             for (role, id), member in self._members.items()
             if role == "expert_shard" and self._state(member, now) == "ready"
         }
+
+    def _last_ready_shards(self) -> dict[int, float]:
+        """When each shard was last ready; of those a restarted router has not heard, when it started."""
+        times: dict[int, float] = {}
+        for id in self.plan.shards:
+            member = self._members.get(("expert_shard", id))
+            if member is not None and member.last_ready is not None:
+                times[id] = member.last_ready
+            elif member is None and self.generation > 1:
+                times[id] = self.started
+        return times
 
     def _settled(self, now: float) -> bool:
         """Whether every worker that may still ask shards has the published table."""

@@ -5,6 +5,8 @@ Only what has to change does. Places are chosen by the time a shard would take i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,13 +27,29 @@ def repair(grid: ReplicaGrid, min_replicas: int) -> None:
             _shed(grid, shares, full)
     for replicas in range(1, min(min_replicas, len(grid.shards)) + 1):
         for row, expert in _held_by_fewer(grid, shares, replicas):
-            column = _free_place(grid, row, expert)
+            column = _free_place(grid, grid.free_slots(), row, expert)
             if column is None:
                 column = _taken_place(grid, shares, row, expert, 1 if replicas == 1 else min_replicas)
             if column is None:
                 column = _vacated_place(grid, shares, row, expert)
             if column is not None:
                 grid.held[row, expert, column] = True
+
+
+def lend(grid: ReplicaGrid, experts: Sequence[tuple[int, int]]) -> bool:
+    """In place: one more replica of each (row, expert) in a free slot, where its layer takes the least time.
+
+    Nothing else changes. False, and nothing is done, if there are not enough free slots.
+    """
+    free = grid.free_slots()
+    if np.maximum(free, 0).sum() < len(experts):
+        return False
+    for row, expert in experts:
+        column = _free_place(grid, free, row, expert)
+        assert column is not None, "a lent expert has no replica, so every free slot can take it"
+        grid.held[row, expert, column] = True
+        free[column] -= 1
+    return True
 
 
 def trim(grid: ReplicaGrid, max_replicas: int, min_replicas: int) -> None:
@@ -88,9 +106,8 @@ def _shed(grid: ReplicaGrid, shares: NDArray[np.float64], column: int) -> None:
     grid.held[rows[index], experts[index], column] = False
 
 
-def _free_place(grid: ReplicaGrid, row: int, expert: int) -> int | None:
+def _free_place(grid: ReplicaGrid, free: NDArray[np.int64], row: int, expert: int) -> int | None:
     """The shard with a free slot that would take the least time in the layer with one more replica of the expert."""
-    free = grid.free_slots()
     columns = np.flatnonzero((free > 0) & ~grid.held[row, expert])
     if not len(columns):
         return None

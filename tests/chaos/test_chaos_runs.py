@@ -72,6 +72,19 @@ def test_a_killed_shard_with_a_replica_breaks_no_promise(
     assert [fault.name for fault in read_history(seen).faults] == ["kill expert_shard"]
 
 
+def test_the_other_shard_stands_in_for_one_that_hangs(ray_cluster: None, trained_model: Path) -> None:
+    cases = make_cases(trained_model, count=8, longest_prompt=24, num_tokens=60)
+    references = make_references(trained_model, "float32", cases)
+    config = DeploymentConfig(
+        name="stand-in-test", model_dir=str(trained_model), dtype="float32", stand_in_after_seconds=1.0
+    )
+    settings = ChaosSettings(streams=8, deadline_seconds=120)
+    (result,) = run_cell(CELLS["stop-shard"], config, cases, references, settings)
+    assert result.violations == []
+    assert result.in_flight == 8
+    assert max(result.stalls) < result.fault_seconds - 5, "they did not wait until it went on"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_fault_breaks_no_promise(trained_model: Path, cell: str) -> None:

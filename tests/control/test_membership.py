@@ -325,3 +325,48 @@ def test_a_leaving_worker_gives_copies_and_is_given_none() -> None:
 def test_without_copies_nobody_has_a_peer() -> None:
     state = membership(attention_workers=2)
     assert peers(state, 0, 0, 1, 0) == [None, None, None]
+
+
+STAND_IN_SECONDS = 8.0
+EVERYTHING = {layer: [0, 1, 2, 3] for layer in (1, 2)}
+
+
+def standing_in(generation: int = 1) -> Membership:
+    plan = initial_plan((1, 2), 4, DeploymentConfig(model_dir="m"))
+    return Membership(generation, plan, stand_in_after_seconds=STAND_IN_SECONDS)
+
+
+def nobody(worker: int) -> int:
+    return 0
+
+
+def test_the_others_stand_in_for_a_shard_that_is_away_until_it_is_back() -> None:
+    state = standing_in()
+    bring_up(state)
+    later = STAND_IN_SECONDS + 1
+    state.observe(report("expert_shard", 0), later)
+    acknowledge(state, later)
+    state.tick(later, nobody)
+    assert state.observe(report("expert_shard", 0), later).held == EVERYTHING
+    state.observe(report("expert_shard", 0, held=EVERYTHING), later + 1)
+    assert state.table.replicas[1] == [(0,)] * 4
+    assert state.ready(later + 1)
+    assert not state.settled(later + 1), "one is away"
+    state.observe(report("expert_shard", 1), later + 2)
+    state.tick(later + 2, nobody)
+    assert state.table.replicas[1] == [(0,), (0,), (1,), (1,)], "it is back and has them"
+    assert state.observe(report("expert_shard", 0, held=EVERYTHING), later + 2).held is None, "a worker asks it still"
+    acknowledge(state, later + 3)
+    assert state.observe(report("expert_shard", 0, held=EVERYTHING), later + 3).held == HELD[0]
+    state.observe(report("expert_shard", 0), later + 4)
+    assert state.settled(later + 4)
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_a_shard_that_was_never_heard_is_away_for_a_restarted_router_only(generation: int) -> None:
+    state = standing_in(generation)
+    later = STAND_IN_SECONDS + 1
+    state.observe(report("expert_shard", 0), later)
+    state.tick(later, nobody)
+    lent = state.observe(report("expert_shard", 0), later).held
+    assert lent == (EVERYTHING if generation > 1 else None)

@@ -62,6 +62,8 @@ class LLM:
         quantization: str | None = None,
         attention_device: str = "cpu",
         expert_device: str = "cpu",
+        speculative: str | None = None,
+        num_speculative_tokens: int = 1,
     ) -> None:
         """ConfigError for a bad argument, CheckpointError for a model that cannot be read, before weights are loaded.
 
@@ -70,6 +72,8 @@ class LLM:
         `deterministic`: the output does not depend on the batch, the shards or a failure; False is torch's own speed.
         `quantization`: "int8" or "int4" keeps experts and linear layers in a half or a quarter of bfloat16's memory.
         `attention_device`, `expert_device`: "cpu" or "cuda", each for itself; "cuda" needs `deterministic=False`.
+        `speculative`: "mtp" or "ngram" guesses up to `num_speculative_tokens` tokens, which one step then checks; what
+        comes out stays the same.
         """
         self._backend: OfflineBackend | None = None
         if backend not in _BACKENDS:
@@ -79,6 +83,7 @@ class LLM:
             "kv_cache_bytes": kv_cache_bytes,
             "seed": seed,
             "deterministic": deterministic,
+            "speculative": speculative and {"method": speculative, "num_tokens": num_speculative_tokens},
         }
         values = {
             "model_dir": str(model_dir),

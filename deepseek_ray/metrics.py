@@ -111,6 +111,12 @@ _ALL = (
             "Tokens looked up in an engine's prefix cache: those of prompts, and output that a retry brings.",
         ),
         ("vllm_prefix_cache_hits_total", "tokens", "Of these, the ones found there, which were not computed again."),
+        (
+            "vllm_spec_decode_num_draft_tokens_total",
+            "tokens",
+            "Guesses that were computed with a sequence's last token; none unless engine.speculative is set.",
+        ),
+        ("vllm_spec_decode_num_accepted_tokens_total", "tokens", "Of these, the ones that were right."),
         ("moe_kv_blocks_sent_total", "blocks", "Full cache blocks sent to the worker that keeps copies of them."),
         ("moe_kv_blocks_received_total", "blocks", "Copies of another worker's blocks taken into the prefix cache."),
         (

@@ -88,7 +88,13 @@ class AttentionWorker:
             kernels = select_kernels(self._config.engine.deterministic)
             dtype, device = getattr(torch, self._config.dtype), usable_device(self._config.attention_device)
             decoder = PagedDecoder(
-                reader, dtype, self._experts, kernels, device=device, quantization=self._config.quantization
+                reader,
+                dtype,
+                self._experts,
+                kernels,
+                device=device,
+                quantization=self._config.quantization,
+                with_mtp=self._config.engine.uses_mtp,
             )
             engine = Engine(decoder, tokenizer_beside(self._config.model_dir), self._config.engine)
             if engine.grammars:

@@ -182,13 +182,15 @@ def _make_record(config: DeploymentConfig, serve_application: str | None, owns_s
     import torch
 
     from deepseek_ray.engine.engine import plan_engine_cache
+    from deepseek_ray.engine.speculation import served_moe_layers
     from deepseek_ray.models.checkpoint import CheckpointReader
 
     directory = Path(config.model_dir).resolve()
     reader = CheckpointReader(directory)
     reader.validate()
     model = reader.config
-    initial_plan(model.moe_layers, model.n_routed_experts, config)  # refuses what cannot be divided
+    moe_layers = served_moe_layers(config.engine, reader)
+    initial_plan(moe_layers, model.n_routed_experts, config)  # refuses what cannot be divided
     plan = plan_engine_cache(config.engine, model, getattr(torch, config.dtype))
     return DeploymentRecord(
         instance=uuid.uuid4().hex,
@@ -203,7 +205,7 @@ def _make_record(config: DeploymentConfig, serve_application: str | None, owns_s
             created=int(time.time()),
             request_timeout_seconds=config.request_timeout_seconds,
         ),
-        moe_layers=model.moe_layers,
+        moe_layers=moe_layers,
         num_experts=model.n_routed_experts,
         serve_application=serve_application,
         owns_serve=owns_serve,

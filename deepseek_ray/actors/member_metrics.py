@@ -37,6 +37,8 @@ class WorkerMetrics:
             exporter.total("vllm_num_preemptions_total", stats.num_preemptions)
             exporter.total("vllm_prefix_cache_queries_total", stats.num_prefix_cache_queries)
             exporter.total("vllm_prefix_cache_hits_total", stats.num_prefix_cache_hits)
+            exporter.total("vllm_spec_decode_num_draft_tokens_total", stats.num_draft_tokens)
+            exporter.total("vllm_spec_decode_num_accepted_tokens_total", stats.num_accepted_tokens)
         for name, count in self._copies()._asdict().items():
             exporter.total(f"moe_kv_blocks_{name}_total", count)
         exporter.total("moe_frames_total", experts.num_frames)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from deepseek_ray.config.engine import DeploymentConfig, EngineConfig
+from deepseek_ray.config.engine import DeploymentConfig, EngineConfig, SpeculativeConfig
 from deepseek_ray.config.serving import IngressConfig
 
 if TYPE_CHECKING:
@@ -53,6 +53,17 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option(help="The same output whatever the batch and the failures; off takes torch's operators.")
     ] = EngineConfig.model_fields["deterministic"].default,
+    speculative: Annotated[
+        str | None,
+        typer.Option(
+            help="Guess tokens and check several in one step: mtp (the model's multi-token-prediction layer) or ngram "
+            "(what followed before). The output stays the same.",
+            show_default="none",
+        ),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int, typer.Option(help="Most tokens guessed at once; 1 for mtp.")
+    ] = SpeculativeConfig.model_fields["num_tokens"].default,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _default("dtype"),
     quantization: Annotated[
         str | None,
@@ -124,6 +135,8 @@ def serve(
                     "kv_cache_bytes": kv_cache_bytes,
                     "prefix_caching": prefix_caching,
                     "deterministic": deterministic,
+                    "speculative": speculative
+                    and SpeculativeConfig.parse({"method": speculative, "num_tokens": num_speculative_tokens}, "serve"),
                 },
                 "serve",
             ),

@@ -12,6 +12,22 @@ Device = Literal["cpu", "cuda"]
 InferenceDtype = Literal["float32", "bfloat16"]
 
 
+class SpeculativeConfig(FrozenConfig):
+    """Guesses of the next tokens that the model checks in one step; what it gives stays the same, see
+    `engine/speculation.py`."""
+
+    method: Literal["mtp", "ngram"]
+    """"mtp" asks the checkpoint's multi-token-prediction layer, "ngram" takes what followed the last tokens before."""
+    num_tokens: int = Field(default=1, ge=1, le=32)
+    """Most tokens guessed at once; the multi-token-prediction layer guesses one."""
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> Self:
+        if self.method == "mtp" and self.num_tokens != 1:
+            raise ValueError(f"num_tokens is {self.num_tokens} and method mtp, which guesses one token; set it to 1")
+        return self
+
+
 class EngineConfig(FrozenConfig):
     """Continuous batching and the latent KV cache of one attention worker."""
 
@@ -32,8 +48,15 @@ class EngineConfig(FrozenConfig):
     the failures; False takes torch's operators, which may part at near-ties."""
     prefix_caching: bool = True
     """Keep the latents of computed tokens until their room is needed, for sequences that begin with the same tokens."""
+    speculative: SpeculativeConfig | None = None
+    """Guess tokens and check several in one step; None computes one token of each sequence at a time."""
     seed: int = 0
     """Seed of requests that bring none (mixed with the request id)."""
+
+    @property
+    def uses_mtp(self) -> bool:
+        """Whether the multi-token-prediction layer is loaded and run."""
+        return self.speculative is not None and self.speculative.method == "mtp"
 
 
 class AutoscaleConfig(FrozenConfig):

@@ -19,8 +19,9 @@ from deepseek_ray.engine.generation import Generation
 from deepseek_ray.engine.grammar import Grammars
 from deepseek_ray.engine.kv_blocks import CachePlan, KVBlocks, plan_cache
 from deepseek_ray.engine.requests import check_needs_no_tokenizer, check_request, max_output_tokens, sampling_seed
-from deepseek_ray.engine.runner import Decoder, DecoderShape, Runner
+from deepseek_ray.engine.runner import Decoder, DecoderShape, GuessingDecoder, GuessingRunner, Runner
 from deepseek_ray.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
+from deepseek_ray.engine.speculation import MtpSpeculator, NgramSpeculator, Speculator
 from deepseek_ray.engine.stats import EngineStats
 from deepseek_ray.engine.stop import Finish, OutputState
 from deepseek_ray.engine.tokenizer import Detokenizer, Tokenizer
@@ -39,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 def plan_engine_cache(config: EngineConfig, shape: DecoderShape, dtype: torch.dtype) -> CachePlan:
     """The cache an engine of this model will have. Needs no weights: call it before reading them to fail early."""
-    bytes_per_block = LatentCache.bytes_per_block(shape.num_hidden_layers, config.block_size, shape.latent_width, dtype)
+    num_layers = shape.num_hidden_layers + config.uses_mtp
+    bytes_per_block = LatentCache.bytes_per_block(num_layers, config.block_size, shape.latent_width, dtype)
     return plan_cache(config, shape.max_position_embeddings, bytes_per_block)
 
 
@@ -75,13 +77,16 @@ class Engine:
             config.prefix_caching,
         )
         self._sample = decoder.sample
-        self._runner = Runner(decoder, plan.num_blocks, config.block_size)
+        self._runner, self._speculator = _make_runner(decoder, config, plan)
+        self._unguessed: ScheduledStep | None = None  # computed, and nothing was guessed after it yet
         self.copies = BlockCopies(self._scheduler.blocks, self._runner.cache, self._scheduler.full_blocks)
         """The way of full blocks out of this engine and into it."""
         self._generations: dict[str, Generation] = {}
         self._ended: list[TokenEvent] = []  # ends that did not come from a step; the next step returns them
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -134,7 +139,7 @@ class Engine:
         return True
 
     def step(self) -> list[TokenEvent]:
-        """Compute one batch and return what it added: one event for each request that got a token.
+        """Compute one batch and return what it added: an event for each token, those of a request in order.
 
         When requests have ended without computing anything (aborts, deadlines), their events are returned at once and
         nothing is computed: they must not wait for a step that may take long. What goes wrong with one request ends
@@ -146,6 +151,9 @@ class Engine:
         if self._ended:
             events, self._ended = self._ended, []
             return events
+        if self._speculator and self._unguessed:
+            self._speculator.guess(self._unguessed)
+            self._unguessed = None
         step = self._scheduler.schedule()
         if not step.items:
             return []
@@ -155,16 +163,15 @@ class Engine:
         try:
             logits = self._runner.run(step)
         except ExpertsCrashedError as error:
-            return [self._end_crashed(step, error)]
+            return self._end_crashed(step, error)
         self.copies.new_blocks = self._scheduler.advance(step)
+        self._unguessed = step
         events = []
         row = 0
         for item in step.items:
-            end = row + len(item.scored) + item.samples
-            event = self._take(self._generations[item.sequence.request.request_id], item, logits[row:end])
+            end = row + len(item.scored) + (1 + len(item.draft_token_ids) if item.samples else 0)
+            events += self._take(self._generations[item.sequence.request.request_id], item, logits[row:end])
             row = end
-            if event is not None:
-                events.append(event)
         return events
 
     def stats(self) -> EngineStats:
@@ -179,6 +186,8 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
             num_prefix_cache_queries=scheduler.num_prefix_cache_queries,
             num_prefix_cache_hits=scheduler.num_prefix_cache_hits,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
         )
 
     def _start(self, request: GenerateRequest) -> None:
@@ -219,36 +228,73 @@ class Engine:
                 )
                 self._ended.append(generation.end(Finish("error"), error))
 
-    def _end_crashed(self, step: ScheduledStep, error: ExpertsCrashedError) -> TokenEvent:
-        """End the request whose token crashes its experts; the others' step is repeated without it."""
+    def _end_crashed(self, step: ScheduledStep, error: ExpertsCrashedError) -> list[TokenEvent]:
+        """End the request whose token crashes its experts; the others' step is repeated without it.
+
+        A guess is not the request's doing: it goes on without guesses.
+        """
         row = error.row
         for item in step.items:
-            if row < item.num_tokens:
+            if row < item.num_rows:
                 break
-            row -= item.num_tokens
+            row -= item.num_rows
         generation = self._generations[item.sequence.request.request_id]
+        if row >= item.num_tokens:
+            logger.error("no guesses for request %s any more: %s", generation.request.request_id, error)
+            item.sequence.may_guess, item.sequence.draft_token_ids = False, []
+            return []
         logger.error("request %s is quarantined: %s", generation.request.request_id, error)
         self._remove(generation)
-        return generation.end(
-            Finish("error"), GenerationError(f"the request was stopped: {error.message}; do not send it again as it is")
-        )
+        sentence = f"the request was stopped: {error.message}; do not send it again as it is"
+        return [generation.end(Finish("error"), GenerationError(sentence))]
 
-    def _take(self, generation: Generation, item: ScheduledSequence, logits: NDArray[np.float32]) -> TokenEvent | None:
-        """Hand a generation its rows of logits; its event, None while its prompt is not computed."""
+    def _take(self, generation: Generation, item: ScheduledSequence, logits: NDArray[np.float32]) -> list[TokenEvent]:
+        """Hand a generation its rows of logits; its events, none while its prompt is not computed.
+
+        A guess's row counts while every guess before it was the token that was chosen.
+        """
         try:
             generation.score(logits[: len(item.scored)])
-            if not item.samples:
-                return None
-            event = generation.take(logits[-1], self._clock())
+        except Exception as error:
+            return [self._end_failed(generation, error)]
+        if not item.samples:
+            return []
+        events: list[TokenEvent] = []
+        self._num_draft_tokens += len(item.draft_token_ids)
+        for place, row in enumerate(logits[len(item.scored) :]):
+            if place:
+                self.copies.new_blocks += self._scheduler.accept(generation.sequence)
+                self._num_accepted_tokens += 1
+            try:
+                events.append(generation.take(row, self._clock()))
+            except Exception as error:
+                events.append(self._end_failed(generation, error))
+                break
             self._num_generated_tokens += 1
-        except Exception as error:  # whatever it is, it is about this request: the others go on
-            logger.warning("request %s ends: %s", generation.request.request_id, error, exc_info=error)
-            event = generation.end(Finish("error"), error)
-            if isinstance(error, GenerationError):  # its latents may be as wrong as its logits
-                self._scheduler.forget(generation.sequence)
-        if event.finish_reason is not None:
-            self._remove(generation)
-        return event
+            if events[-1].finish_reason is not None:
+                self._remove(generation)
+                break
+            if generation.sequence.token_ids[-1:] != list(item.draft_token_ids[place : place + 1]):
+                break
+        return events
+
+    def _end_failed(self, generation: Generation, error: Exception) -> TokenEvent:
+        """Whatever it is, it is about this request: the others go on."""
+        logger.warning("request %s ends: %s", generation.request.request_id, error, exc_info=error)
+        if isinstance(error, GenerationError):  # its latents may be as wrong as its logits
+            self._scheduler.forget(generation.sequence)
+        self._remove(generation)
+        return generation.end(Finish("error"), error)
+
+
+def _make_runner(decoder: Decoder, config: EngineConfig, plan: CachePlan) -> tuple[Runner, Speculator | None]:
+    if config.speculative is None:
+        return Runner(decoder, plan.num_blocks, config.block_size), None
+    if config.uses_mtp:
+        assert isinstance(decoder, GuessingDecoder), "the multi-token-prediction layer was not loaded"
+        runner = GuessingRunner(decoder, plan.num_blocks, config.block_size)
+        return runner, MtpSpeculator(runner)
+    return Runner(decoder, plan.num_blocks, config.block_size), NgramSpeculator(config.speculative.num_tokens)
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.engine.engine import Engine, plan_engine_cache
+from deepseek_ray.engine.speculation import served_moe_layers
 from deepseek_ray.engine.tokenizer import Tokenizer
 from deepseek_ray.kernels.quantize import bytes_per_weight
 from deepseek_ray.kernels.select import select_kernels, usable_device
@@ -58,7 +59,8 @@ class LocalBackend(OfflineBackend):
         self.tokenizer = tokenizer_beside(config.model_dir)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        every_expert = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
+        moe_layers = served_moe_layers(config.engine, reader)
+        every_expert = {layer: range(reader.config.n_routed_experts) for layer in moe_layers}
         kernels = select_kernels(config.engine.deterministic)
         attention_device, expert_device = usable_device(config.attention_device), usable_device(config.expert_device)
         bits = config.quantization
@@ -67,11 +69,19 @@ class LocalBackend(OfflineBackend):
             every_expert,
             dtype,
             kernels,
-            shared_files=config.packed_files and _expert_bytes(config, reader.config) >= _WORTH_FILES,
+            shared_files=config.packed_files and _expert_bytes(config, reader.config, len(moe_layers)) >= _WORTH_FILES,
             device=expert_device,
             quantization=bits,
         )
-        decoder = PagedDecoder(reader, dtype, LocalExperts(store), kernels, device=attention_device, quantization=bits)
+        decoder = PagedDecoder(
+            reader,
+            dtype,
+            LocalExperts(store),
+            kernels,
+            device=attention_device,
+            quantization=bits,
+            with_mtp=config.engine.uses_mtp,
+        )
         self._engine: Engine | None = Engine(decoder, self.tokenizer, config.engine)
         self.vocab_size = self._engine.vocab_size
         self.max_model_len = self._engine.max_model_len
@@ -84,8 +94,8 @@ class LocalBackend(OfflineBackend):
         self._engine = None
 
 
-def _expert_bytes(config: DeploymentConfig, model: ModelConfig) -> float:
-    weights = model.num_expert_parameters * model.n_routed_experts * len(model.moe_layers)
+def _expert_bytes(config: DeploymentConfig, model: ModelConfig, num_layers: int) -> float:
+    weights = model.num_expert_parameters * model.n_routed_experts * num_layers
     return weights * bytes_per_weight(config.quantization, getattr(torch, config.dtype))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,6 +45,23 @@ class Decoder(Protocol):
         ...
 
 
+@runtime_checkable
+class GuessingDecoder(Decoder, Protocol):
+    """A decoder with a multi-token-prediction layer."""
+
+    def forward_with_hidden(self, batch: PagedBatch, cache: LatentCache) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, and the last layer's output [T, hidden]."""
+        ...
+
+    def guess(self, batch: PagedBatch, hidden: Tensor, cache: LatentCache) -> Tensor:
+        """The likeliest token [n] int64 after each of `batch.logit_rows`; stores the layer's latents in `cache`.
+
+        `batch` has the places of some tokens that were computed, and as its `token_ids` those that came after them;
+        hidden [T, hidden] is the last layer's output there.
+        """
+        ...
+
+
 class Runner:
     """Owns the latent cache and runs steps over it."""
 
@@ -54,9 +71,46 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> NDArray[np.float32]:
-        """Logits [n, vocab_size]: for each item of the step its `scored` places, then its last token if it samples."""
+        """Logits [n, vocab_size]: for each item of the step its `scored` places, then, if it samples, its last token
+        and its guesses."""
         batch = make_batch(step, self.cache.block_size)
-        return self._decoder.forward(batch, self.cache).cpu().numpy()
+        return self._forward(batch).cpu().numpy()
+
+    def _forward(self, batch: PagedBatch) -> Tensor:
+        return self._decoder.forward(batch, self.cache)
+
+
+class GuessingRunner(Runner):
+    """Keeps what a multi-token-prediction layer needs of the last step."""
+
+    def __init__(self, decoder: GuessingDecoder, num_blocks: int, block_size: int) -> None:
+        super().__init__(decoder, num_blocks, block_size)
+        self._guessing = decoder
+        self._last: tuple[PagedBatch, Tensor] | None = None
+
+    def _forward(self, batch: PagedBatch) -> Tensor:
+        logits, hidden = self._guessing.forward_with_hidden(batch, self.cache)
+        self._last = batch, hidden
+        return logits
+
+    @torch.inference_mode()
+    def guess(self, rows: list[int], next_ids: list[int], logit_rows: list[int]) -> list[int]:
+        """The likeliest tokens after those of `logit_rows`, which count within `rows`.
+
+        rows: tokens of the last step, those that stayed; next_ids: of each the token that came after it.
+        """
+        assert self._last is not None, "nothing was computed yet"
+        batch, hidden = self._last
+        here = torch.tensor(rows)
+        after = PagedBatch(
+            token_ids=torch.tensor(next_ids),
+            positions=batch.positions[here],
+            slots=batch.slots[here],
+            sequence_rows=batch.sequence_rows[here],
+            block_tables=batch.block_tables,
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        )
+        return self._guessing.guess(after, hidden[here.to(hidden.device)], self.cache).tolist()
 
 
 def make_batch(step: ScheduledStep, block_size: int) -> PagedBatch:
@@ -65,18 +119,19 @@ def make_batch(step: ScheduledStep, block_size: int) -> PagedBatch:
     positions, slots, rows, logit_rows = [], [], [], []
     tables = np.zeros((len(step.items), max(len(item.sequence.block_table) for item in step.items)), dtype=np.int32)
     for row, item in enumerate(step.items):
-        end = item.start + item.num_tokens
+        end = item.start + item.num_rows
         place = np.arange(item.start, end, dtype=np.int64)
         table = tables[row]
         table[: len(item.sequence.block_table)] = item.sequence.block_table
-        token_ids += item.sequence.token_ids[item.start : end]
+        token_ids += item.sequence.token_ids[item.start : item.start + item.num_tokens]
+        token_ids += item.draft_token_ids
         positions.append(place)
         slots.append(table[place // block_size].astype(np.int64) * block_size + place % block_size)
-        rows.append(np.full(item.num_tokens, row, dtype=np.int32))
-        first = len(token_ids) - item.num_tokens - item.start
+        rows.append(np.full(item.num_rows, row, dtype=np.int32))
+        first = len(token_ids) - item.num_rows - item.start
         logit_rows += [first + scored for scored in item.scored]
         if item.samples:
-            logit_rows.append(len(token_ids) - 1)
+            logit_rows += range(len(token_ids) - 1 - len(item.draft_token_ids), len(token_ids))
 
     return PagedBatch(
         token_ids=torch.tensor(token_ids, dtype=torch.int64),

@@ -19,7 +19,7 @@ from deepseek_ray.errors import RequestError
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """Compute tokens `start` to `start + num_tokens` of `sequence`; its block table has room for them."""
+    """Compute tokens `start` to `start + num_tokens` of `sequence` and guesses after them; its block table has room."""
 
     sequence: Sequence
     start: int
@@ -28,6 +28,13 @@ class ScheduledSequence:
     """Places in the sequence whose logits say how likely the prompt's next token was; empty unless asked for."""
     num_found: int = 0
     """Tokens before `start` that the prefix cache had, when the sequence is admitted with this step."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Guesses of what comes after the sequence's last token; empty unless the step computes that one."""
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens to compute, guesses too."""
+        return self.num_tokens + len(self.draft_token_ids)
 
     @property
     def samples(self) -> bool:
@@ -42,7 +49,7 @@ class ScheduledStep:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.items)
+        return sum(item.num_rows for item in self.items)
 
     @property
     def sampled(self) -> list[Sequence]:
@@ -85,6 +92,7 @@ class Scheduler:
                 f"{self.blocks.num_blocks}; lower max_tokens, shorten the prompt or raise kv_cache_bytes",
                 param="max_tokens",
             )
+        sequence.max_num_tokens = max_num_tokens
         new = (place for place, other in enumerate(self.waiting) if not other.has_begun)
         self.waiting.insert(next(new, len(self.waiting)) if sequence.has_begun else len(self.waiting), sequence)
 
@@ -104,10 +112,24 @@ class Scheduler:
         full_blocks = []
         for item in step.items:
             item.sequence.num_computed_tokens = item.start + item.num_tokens
+            item.sequence.draft_token_ids = []
             item.sequence.num_scored_tokens = max(item.sequence.num_scored_tokens, item.scored.stop)
             if self.prefix_caching:
                 full_blocks += self._name_blocks(item)
         return full_blocks
+
+    def accept(self, sequence: Sequence) -> list[NamedBlock]:
+        """A guess was right: its token has been appended, and what the step computed for it counts.
+
+        Returns the block that it fills, if it does.
+        """
+        sequence.num_computed_tokens += 1
+        index, rest = divmod(sequence.num_computed_tokens, self.blocks.block_size)
+        if rest or not self.prefix_caching:
+            return []
+        name = sequence.block_keys.name(index - 1, sequence.block_table[index - 1], self.blocks.block_size)
+        self.blocks.prefixes.add(name)
+        return [name]
 
     def full_blocks(self) -> list[NamedBlock]:
         """Every full block of the running sequences, each once."""
@@ -149,10 +171,27 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if not self._grow_or_preempt(sequence, sequence.num_computed_tokens + num_tokens, step):
                 break  # it was the last one and preempted itself
-            step.items.append(self._scheduled(sequence, num_tokens))
-            budget -= num_tokens
+            item = self._scheduled(sequence, num_tokens)
             index += 1
+            if item.samples:  # a guess takes no other sequence's turn
+                item = self._with_drafts(item, budget - num_tokens - (len(self.running) - index))
+            step.items.append(item)
+            budget -= item.num_rows
         return budget
+
+    def _with_drafts(self, item: ScheduledSequence, budget: int) -> ScheduledSequence:
+        """With as many of the sequence's guesses as budget, context and free blocks allow; nobody is preempted."""
+        sequence = item.sequence
+        room = min(budget, sequence.max_num_tokens - sequence.num_tokens - 1)
+        drafts = tuple(sequence.draft_token_ids[: max(0, room)])
+        if not drafts:
+            return item
+        num_tokens = sequence.num_tokens + len(drafts)
+        missing = blocks_for(num_tokens, self.blocks.block_size) - len(sequence.block_table)
+        if self.blocks.num_free < missing + len(self.running):
+            return item
+        self.blocks.try_grow(sequence.block_table, num_tokens)
+        return self._scheduled(sequence, item.num_tokens, drafts=drafts)
 
     def _grow_or_preempt(self, sequence: Sequence, num_tokens: int, step: ScheduledStep) -> bool:
         while not self.blocks.try_grow(sequence.block_table, num_tokens):
@@ -203,12 +242,14 @@ class Scheduler:
                 self.num_prefix_cache_hits += num_found
         return num_found
 
-    def _scheduled(self, sequence: Sequence, num_tokens: int, num_found: int = 0) -> ScheduledSequence:
+    def _scheduled(
+        self, sequence: Sequence, num_tokens: int, num_found: int = 0, drafts: tuple[int, ...] = ()
+    ) -> ScheduledSequence:
         start = sequence.num_computed_tokens
         size = self.blocks.block_size
-        for block in sequence.block_table[start // size : blocks_for(start + num_tokens, size)]:
+        for block in sequence.block_table[start // size : blocks_for(start + num_tokens + len(drafts), size)]:
             self.blocks.check_writable(block)
         # The logits of the prompt's last token are the first output's.
         last = min(start + num_tokens, sequence.num_prompt_tokens - 1)
         scored = range(max(start, sequence.num_scored_tokens), last)
-        return ScheduledSequence(sequence, start, num_tokens, scored, num_found)
+        return ScheduledSequence(sequence, start, num_tokens, scored, num_found, drafts)

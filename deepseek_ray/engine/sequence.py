@@ -36,6 +36,12 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         """Tokens that were found in the prefix cache when it first ran; None before."""
         self.status = SequenceStatus.WAITING
+        self.max_num_tokens = 0
+        """Of prompt and output together, the most it can come to; known once it is queued."""
+        self.draft_token_ids: list[int] = []
+        """Guesses of what comes after its tokens, for the next step."""
+        self.may_guess = True
+        """False once a guess has crashed the experts that computed it."""
 
     @property
     def num_tokens(self) -> int:

@@ -20,3 +20,7 @@ class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
     """Tokens of sequences that were looked up in the prefix cache: prompts, and output that a retry brings."""
     num_prefix_cache_hits: int
     """Of these, the ones that were found and not computed."""
+    num_draft_tokens: int
+    """Guesses that were computed with a sequence's last token."""
+    num_accepted_tokens: int
+    """Of these, the ones that were right."""

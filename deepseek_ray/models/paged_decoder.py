@@ -22,6 +22,7 @@ from deepseek_ray.kernels.base import Kernels, PackedWeight
 from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.decoder_weights import DecoderWeights, biased
 from deepseek_ray.nn.gate import choose_experts
 from deepseek_ray.nn.moe import ExpertBackend, combine_slots
 from deepseek_ray.nn.norm import LATENT_NORM_EPS
@@ -42,13 +43,15 @@ class PagedDecoder:
         on_layer: Callable[[int], None] | None = None,
         device: torch.device | str = "cpu",
         quantization: Quantization | None = None,
+        with_mtp: bool = False,
     ) -> None:
         """`kernels` must be able to compute on `device`. `quantization`: linear layers of fewer bits than `dtype`, but
-        for the gates and the two parts of kv_b_proj, which are small and decide much."""
+        for the gates and the two parts of kv_b_proj, which are small and decide much. `with_mtp`: the checkpoint's
+        first multi-token-prediction layer, too, for `guess`."""
         self.config: ModelConfig = reader.config
         self.dtype = dtype
         self.device = torch.device(device)
-        weights = _Weights(reader, dtype, kernels or default_kernels(), self.device, quantization)
+        weights = DecoderWeights(reader, dtype, kernels or default_kernels(), self.device, quantization)
         self._kernels = weights.kernels
         self._embedding = weights.plain("model.embed_tokens.weight")
         self._layers = []
@@ -58,16 +61,19 @@ class PagedDecoder:
                 on_layer(layer)
         self._final_norm = weights.norm("model.norm.weight")
         tied = self.config.tie_word_embeddings
-        self._head = weights.linear("model.embed_tokens.weight" if tied else "lm_head.weight")
+        head_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        self._head = weights.linear(head_name)
+        self._mtp = (
+            _MtpLayer(self.config, weights, experts, self._embedding, self._head, head_name) if with_mtp else None
+        )
         # One table for all positions: cos of a short tensor and of a long one differ in the last bit.
         positions = torch.arange(max_positions or self.config.max_position_embeddings)
         self._cos, self._sin = (table.to(self.device) for table in rope_tables(self.config, positions))
 
     def new_cache(self, num_blocks: int, block_size: int) -> LatentCache:
         config = self.config
-        return LatentCache(
-            config.num_hidden_layers, num_blocks, block_size, config.latent_width, self.dtype, self.device
-        )
+        num_layers = config.num_hidden_layers + (self._mtp is not None)
+        return LatentCache(num_layers, num_blocks, block_size, config.latent_width, self.dtype, self.device)
 
     @torch.inference_mode()
     def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
@@ -76,51 +82,46 @@ class PagedDecoder:
 
     def forward(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
         """Logits of the tokens `batch.logit_rows`, `[n, vocab_size]` float32. Writes the step's latents to `cache`."""
-        with self._kernels.computing():
-            return self._forward(batch.to(self.device), cache)
+        return self.forward_with_hidden(batch, cache)[0]
 
-    def _forward(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+    def forward_with_hidden(self, batch: PagedBatch, cache: LatentCache) -> tuple[Tensor, Tensor]:
+        """The same logits, and the last layer's output of every token, `[T, H]`."""
+        with self._kernels.computing():
+            batch = batch.to(self.device)
+            hidden = self._decode(batch, cache)
+            return self._logits(hidden[batch.logit_rows], self._final_norm, self._head), hidden
+
+    def guess(self, batch: PagedBatch, hidden: Tensor, cache: LatentCache) -> Tensor:
+        """The likeliest token, [n] int64, after each of `batch.logit_rows` as the multi-token-prediction layer sees it.
+
+        `batch` has places that were computed, and as its `token_ids` the tokens that came after them; hidden [T, H] is
+        the last layer's output there. Writes the layer's latents to `cache`.
+        """
+        assert self._mtp is not None, "the multi-token-prediction layer was not loaded"
+        with self._kernels.computing():
+            batch = batch.to(self.device)
+            normed = self._kernels.rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
+            mixed = self._mtp.mix(batch.token_ids, normed)
+            own = cache.layer(self.config.num_hidden_layers)
+            mixed = self._mtp.layer.forward(mixed, *self._rotation(batch), batch, own, cache.block_size)
+            return self._logits(mixed[batch.logit_rows], self._mtp.norm, self._mtp.head).argmax(dim=1)
+
+    def _decode(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
+        cos, sin = self._rotation(batch)
         hidden = self._embedding[batch.token_ids]
         for index, layer in enumerate(self._layers):
             hidden = layer.forward(hidden, cos, sin, batch, cache.layer(index), cache.block_size)
-        last = self._kernels.rms_norm(hidden[batch.logit_rows], self._final_norm, self.config.rms_norm_eps)
-        return self._kernels.linear(last, self._head, torch.float32)
+        return hidden
 
+    def _rotation(self, batch: PagedBatch) -> tuple[Tensor, Tensor]:
+        return self._cos[batch.positions], self._sin[batch.positions]
 
-class _Weights:
-    """Reads tensors by name (the reader refuses NaN and infinity) and packs them."""
-
-    def __init__(
-        self,
-        reader: CheckpointReader,
-        dtype: torch.dtype,
-        kernels: Kernels,
-        device: torch.device,
-        quantization: Quantization | None,
-    ) -> None:
-        self.quantization: Quantization | None = quantization
-        self.reader = reader
-        self.dtype = dtype
-        self.device = device
-        self.kernels = kernels
-
-    def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.reader.tensor(name, dtype or self.dtype).to(self.device)
-
-    def norm(self, name: str) -> Tensor:
-        return self.plain(name, torch.float32).contiguous()
-
-    def linear(self, *names: str) -> PackedWeight:
-        """One layer; several names are stacked by output features."""
-        return self.kernels.pack([torch.cat([self.plain(name) for name in names])], self.quantization)
-
-    def bias(self, name: str) -> Tensor | None:
-        return self.plain(name, torch.float32) if name in self.reader else None
+    def _logits(self, hidden: Tensor, norm: Tensor, head: PackedWeight) -> Tensor:
+        return self._kernels.linear(self._kernels.rms_norm(hidden, norm, self.config.rms_norm_eps), head, torch.float32)
 
 
 class _Layer:
-    def __init__(self, config: ModelConfig, layer: int, weights: _Weights, experts: ExpertBackend) -> None:
+    def __init__(self, config: ModelConfig, layer: int, weights: DecoderWeights, experts: ExpertBackend) -> None:
         prefix = f"model.layers.{layer}"
         self._kernels = weights.kernels
         self._eps = config.rms_norm_eps
@@ -142,10 +143,43 @@ class _Layer:
         return hidden + self._mlp.forward(normed)
 
 
+class _MtpLayer:
+    """The first multi-token-prediction layer (arXiv 2412.19437, section 2.2). Embedding and head are the main model's,
+    unless the checkpoint has copies for it that differ."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        experts: ExpertBackend,
+        embedding: Tensor,
+        head: PackedWeight,
+        head_name: str,
+    ) -> None:
+        prefix = f"model.layers.{config.num_hidden_layers}"
+        own_embedding, own_head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head.weight"
+        differs = weights.differ(own_embedding, "model.embed_tokens.weight")
+        self._embedding = weights.plain(own_embedding) if differs else embedding
+        self.head = weights.linear(own_head) if weights.differ(own_head, head_name) else head
+        self._kernels = weights.kernels
+        self._eps = config.rms_norm_eps
+        self._embedding_norm = weights.norm(f"{prefix}.enorm.weight")
+        self._hidden_norm = weights.norm(f"{prefix}.hnorm.weight")
+        self._both = weights.linear(f"{prefix}.eh_proj.weight")
+        self.layer = _Layer(config, config.num_hidden_layers, weights, experts)
+        self.norm = weights.norm(f"{prefix}.shared_head.norm.weight")
+
+    def mix(self, next_ids: Tensor, hidden: Tensor) -> Tensor:
+        """The next tokens [T] and the hidden states before them [T, H] -> the layer's input [T, H]."""
+        embedded = self._kernels.rms_norm(self._embedding[next_ids], self._embedding_norm, self._eps)
+        hidden = self._kernels.rms_norm(hidden, self._hidden_norm, self._eps)
+        return self._kernels.linear(torch.cat([embedded, hidden], dim=-1), self._both)
+
+
 class _LatentAttention:
     """MLA in its absorbed form: W_uk is folded into the query, W_uv applied after the weighted sum of latents."""
 
-    def __init__(self, config: ModelConfig, prefix: str, weights: _Weights) -> None:
+    def __init__(self, config: ModelConfig, prefix: str, weights: DecoderWeights) -> None:
         self._config = config
         self._kernels = weights.kernels
         if config.q_lora_rank:
@@ -187,18 +221,18 @@ class _LatentAttention:
             config.softmax_scale,
         )
         values = kernels.per_head_linear(mixed, self._w_uv, hidden.dtype)
-        return _biased(kernels, values.flatten(1), self._o, self._o_bias)
+        return biased(kernels, values.flatten(1), self._o, self._o_bias)
 
     def _query_input(self, hidden: Tensor) -> Tensor:
         if not self._config.q_lora_rank:
             return hidden
-        compressed = _biased(self._kernels, hidden, self._q_a, self._q_a_bias)
+        compressed = biased(self._kernels, hidden, self._q_a, self._q_a_bias)
         return self._kernels.rms_norm(compressed, self._q_norm, LATENT_NORM_EPS)
 
     def _write_latents(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Tensor) -> None:
         """`(RMSNorm(c), RoPE(k_rope))` of the step's tokens, `[T, R + P]`, into the cache."""
         config = self._config
-        kv = _biased(self._kernels, hidden, self._kv_a, self._kv_a_bias)
+        kv = biased(self._kernels, hidden, self._kv_a, self._kv_a_bias)
         compressed, rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         compressed = self._kernels.rms_norm(compressed, self._kv_norm, LATENT_NORM_EPS)
         rope = apply_rope(rope.float(), cos, sin, config.rope_interleave)
@@ -208,7 +242,7 @@ class _LatentAttention:
 class _Mlp:
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, prefix: str, weights: _Weights) -> None:
+    def __init__(self, prefix: str, weights: DecoderWeights) -> None:
         self._kernels = weights.kernels
         self._gate_up = weights.linear(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
         self._down = weights.linear(f"{prefix}.down_proj.weight")
@@ -222,7 +256,9 @@ class _Moe:
     """Gate, routed experts behind the backend, shared experts while the routed ones are away (or after them where they
     are computed on the same cores)."""
 
-    def __init__(self, config: ModelConfig, layer: int, prefix: str, weights: _Weights, experts: ExpertBackend) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, prefix: str, weights: DecoderWeights, experts: ExpertBackend
+    ) -> None:
         self._config = config
         self._layer = layer
         self._kernels = weights.kernels
@@ -246,9 +282,3 @@ class _Moe:
     def _combine(self, ticket: Any, slot_weights: Tensor, hidden: Tensor) -> Tensor:
         rows = self._experts.combine(ticket).to(hidden.device)
         return combine_slots(rows, slot_weights).to(hidden.dtype)
-
-
-def _biased(kernels: Kernels, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return kernels.linear(x, weight)
-    return (kernels.linear(x, weight, torch.float32) + bias).to(x.dtype)

@@ -69,6 +69,8 @@ class ExpertLoader:
                 self.error = str(error)
             self._done = target
             self._changed()
+            if self.error is None:
+                self._store.forget_ahead()  # after the news: giving back gigabytes takes tens of milliseconds
             if not self.measured:  # after the news: whoever waits for these experts does not wait for this
                 self.measured = self._measure()
 
@@ -92,5 +94,4 @@ class ExpertLoader:
         for layer, experts in self._store.held.items():
             for expert in set(experts) - set(target.get(layer, ())):
                 self._store.drop(layer, expert)
-        self._store.forget_ahead()
         return True

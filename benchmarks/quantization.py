@@ -1,6 +1,6 @@
 """What weights of fewer bits cost: loss of the quickstart model on its held-out text, per quantization.
 
-    python -m benchmarks.quantization runs/quickstart/model [--tokens 50000]
+    python -m benchmarks.quantization [runs/quickstart/model] [--tokens 50000]
 
 The inference decoder computes it, in bfloat16, 256 tokens at a time; the text is the same for all.
 """
@@ -8,6 +8,7 @@ The inference decoder computes it, in bfloat16, 256 tokens at a time; the text i
 from __future__ import annotations
 
 import argparse
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -28,9 +29,11 @@ _TEXTS = "test"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("model_dir", type=Path, nargs="?", default=Path("runs/quickstart/model"))
     parser.add_argument("--tokens", type=int, default=50_000)
     options = parser.parse_args()
+    if not options.model_dir.exists():
+        sys.exit(f"{options.model_dir} is not there; `make quickstart` trains it, or name another checkpoint")
     windows = held_out(options.model_dir, options.tokens)
     rows = []
     kinds: list[Quantization | None] = [None, *QUANTIZATIONS]

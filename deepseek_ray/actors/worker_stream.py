@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import queue
 import threading
 import time
 from collections import defaultdict
@@ -50,7 +51,9 @@ class WorkerStream:
         self._queues: dict[str, asyncio.Queue[TokenEvent | None]] = {}
         self._heard = time.monotonic()
         self._watch = loop.create_task(self._watch_silence())
+        self._outbox: queue.SimpleQueue[GenerateRequest | AbortRequest | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, name=f"read {link.peer}", daemon=True).start()
+        threading.Thread(target=self._write, name=f"write {link.peer}", daemon=True).start()
 
     def open(self, request: GenerateRequest) -> asyncio.Queue[TokenEvent | None]:
         """Send the request; its events come out of the queue, None when the worker is gone."""
@@ -58,25 +61,34 @@ class WorkerStream:
             self._heard = time.monotonic()  # it owed nothing until now
         events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         self._queues[request.request_id] = events
-        self._send(request, events)
+        if self.alive:
+            self._outbox.put(request)
+        else:
+            events.put_nowait(None)
         return events
 
     def forget(self, request_id: str, abort: bool) -> None:
         self._queues.pop(request_id, None)
         if abort and self.alive:
-            self._send(AbortRequest(request_id=request_id), None)
+            self._outbox.put(AbortRequest(request_id=request_id))
 
     def close(self) -> None:
         self.alive = False
         self._watch.cancel()
         self._link.close()
+        self._outbox.put(None)
 
-    def _send(self, message: Any, events: asyncio.Queue[TokenEvent | None] | None) -> None:
-        try:
-            self._link.send(message_frame(message))
-        except LinkError:
-            if events is not None:
-                events.put_nowait(None)
+    def _write(self) -> None:
+        """In a thread: a worker that is stopped takes nothing for seconds, in which the event loop serves the others.
+
+        When the link ends, the thread that reads says so.
+        """
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._link.send(message_frame(message))
+            except LinkError:
+                self._link.close()
+                return
 
     async def _watch_silence(self) -> None:
         """A process that is stopped, or whose host is cut off, keeps its link open and says nothing."""

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 import deepseek_ray.actors.worker_stream as worker_stream
@@ -14,11 +15,12 @@ from deepseek_ray.control.reports import WorkerView
 from deepseek_ray.errors import LinkError
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect, listen
-from deepseek_ray.links.frame import message_frame
+from deepseek_ray.links.frame import Frame, message_frame, read_message
 from deepseek_ray.links.listener import Listener
 from deepseek_ray.messages import GenerateRequest, SamplingParams, TokenEvent, TokenEvents
 
 SECRET = b"s" * 32
+REQUESTS = msgspec.msgpack.Decoder(GenerateRequest)
 REQUEST = GenerateRequest(request_id="r", prompt_token_ids=[1], params=SamplingParams())
 
 
@@ -63,6 +65,38 @@ def test_requests_leave_a_worker_that_is_silent_and_lost_to_the_router(listener:
         assert router.asked == [7, 7, 7], "twice the router still heard it"
         assert not stream.alive
         link.close()
+
+    asyncio.run(check())
+
+
+def test_a_worker_that_takes_nothing_holds_up_nobody_else(listener: Listener) -> None:
+    async def check() -> None:
+        stream, link = open_stream(listener, Router(False))
+        takes, taken, send = threading.Event(), threading.Event(), stream._link.send
+
+        def send_when_it_takes(frame: Frame) -> None:
+            takes.wait(10)
+            taken.set()
+            send(frame)
+
+        stream._link.send = send_when_it_takes  # type: ignore[method-assign]
+        stream.open(REQUEST)
+        assert not taken.is_set(), "the event loop has waited for the worker"
+        takes.set()
+        assert read_message(link.receive(10), REQUESTS) == REQUEST  # type: ignore[arg-type]
+        stream.close()
+        link.close()
+
+    asyncio.run(check())
+
+
+def test_a_request_for_a_stream_that_has_ended_goes_elsewhere(listener: Listener) -> None:
+    async def check() -> None:
+        stream, link = open_stream(listener, Router(False))
+        link.close()
+        events = stream.open(REQUEST)
+        assert await asyncio.wait_for(events.get(), 10) is None
+        assert await asyncio.wait_for(stream.open(REQUEST).get(), 10) is None
 
     asyncio.run(check())
 

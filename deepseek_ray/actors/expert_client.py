@@ -123,7 +123,7 @@ class RemoteExperts(ExpertBackend):
         expert_ids = expert_ids.contiguous()
         counts = self._pairs.count(expert_ids, len(routes.first))
         ticket = _Ticket(layer, hidden, expert_ids, counts, hidden.new_empty(tokens * top_k, hidden.shape[1]))
-        for call in self._pairs.plan(expert_ids, routes.choose(counts, self._links.avoided)):
+        for call in self._pairs.plan(expert_ids, self._pairs.choose(routes, counts, self._links.avoided)):
             self._send(ticket, _Pending(call, attempt=0))
         self.meter.dispatched(layer, counts, time.monotonic() - started)
         return ticket
@@ -194,7 +194,8 @@ class RemoteExperts(ExpertBackend):
         self._plan(ticket, pending.places, pending.attempt + 1, flags)
 
     def _plan(self, ticket: _Ticket, places: Tensor, attempt: int, flags: int) -> None:
-        shards = self._directory.routes(ticket.layer).choose(ticket.counts, self._links.avoided | ticket.refused)
+        routes = self._directory.routes(ticket.layer)
+        shards = self._pairs.choose(routes, ticket.counts, self._links.avoided | ticket.refused)
         for call in self._pairs.plan(ticket.expert_ids, shards, places):
             self._send(ticket, _Pending(call, attempt, flags))
 

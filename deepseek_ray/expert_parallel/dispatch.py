@@ -7,6 +7,7 @@ Letters: T tokens, K experts per token, N tokens of one call, P (token, expert) 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_READ_ROWS = 4
+READ_ROWS = 4
 """An expert costs its tokens, and the reading of its weights as much as this many."""
 
 
@@ -43,6 +44,15 @@ class LayerRoutes:
         """[experts] int64."""
         self._several = {expert: sorted(shards) for expert, shards in enumerate(replicas) if len(shards) > 1}
         self._shards = {shard for shards in replicas for shard in shards}
+        self.starts = torch.tensor([0, *itertools.accumulate(map(len, replicas))])
+        """[experts + 1] int64: where each expert's replicas begin in `shards`."""
+        self.shards = torch.tensor([shard for shards in replicas for shard in sorted(shards)])
+        """int64: the shards of every replica, expert after expert, ascending."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether no expert has a choice."""
+        return not self._several
 
     def choose(self, counts: Tensor, avoid: Collection[int] = ()) -> Tensor:
         """[experts] int64: the shard to ask for each expert this time.
@@ -51,9 +61,9 @@ class LayerRoutes:
         two would both read its weights. Experts with several replicas are placed by cost, largest first, on the shard
         that has least to do so far (LPT); shards in `avoid` only where there is no other.
         """
-        if not self._several:
+        if self.is_given:
             return self.first
-        costs = {expert: _READ_ROWS + count for expert, count in enumerate(counts.tolist()) if count}
+        costs = {expert: READ_ROWS + count for expert, count in enumerate(counts.tolist()) if count}
         work = dict.fromkeys(self._shards, 0)
         present = []
         for expert, cost in costs.items():

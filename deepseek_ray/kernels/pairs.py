@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from deepseek_ray.expert_parallel.dispatch import ShardCall, plan_calls
+from deepseek_ray.expert_parallel.dispatch import READ_ROWS, LayerRoutes, ShardCall, plan_calls
 from deepseek_ray.kernels.native import NativeKernels, load_library
 from deepseek_ray.kernels.select import default_kernels
 
@@ -28,6 +29,10 @@ class Pairs:
     def count(self, expert_ids: Tensor, num_experts: int) -> Tensor:
         """[E] int64: how often each expert is in expert_ids [T, K] int64."""
         return expert_ids.flatten().bincount(minlength=num_experts)
+
+    def choose(self, routes: LayerRoutes, counts: Tensor, avoid: Collection[int]) -> Tensor:
+        """See `LayerRoutes.choose`."""
+        return routes.choose(counts, avoid)
 
     def plan(self, expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:
         """See `plan_calls`."""
@@ -51,6 +56,9 @@ class NativePairs(Pairs):
         long, pointer = ctypes.c_int64, ctypes.c_void_p
         self._count = library.dr_count_experts
         self._count.argtypes, self._count.restype = [pointer, long, pointer, long], None
+        self._choose = library.dr_choose_shards
+        self._choose.argtypes = [pointer, long, *[pointer] * 4, long, long, pointer]
+        self._choose.restype = None
         self._plan = library.dr_plan_calls
         self._plan.argtypes, self._plan.restype = [pointer, long, pointer, pointer, long, *[pointer] * 6], long
         self._pick = library.dr_pick_rows
@@ -63,6 +71,15 @@ class NativePairs(Pairs):
         counts = torch.empty(num_experts, dtype=torch.int64)
         self._count(expert_ids.data_ptr(), expert_ids.numel(), counts.data_ptr(), num_experts)
         return counts
+
+    def choose(self, routes: LayerRoutes, counts: Tensor, avoid: Collection[int]) -> Tensor:
+        if routes.is_given:
+            return routes.first
+        chosen = torch.empty_like(routes.first)
+        avoided = torch.tensor(list(avoid), dtype=torch.int64)
+        pointers = (part.data_ptr() for part in (routes.first, routes.starts, routes.shards, avoided))
+        self._choose(counts.data_ptr(), len(counts), *pointers, len(avoided), READ_ROWS, chosen.data_ptr())
+        return chosen
 
     def plan(self, expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:
         assert expert_ids.is_contiguous() and (places is None or places.is_contiguous())

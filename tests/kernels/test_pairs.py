@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random as random_module
+
 import pytest
 import torch
 
+from deepseek_ray.expert_parallel.dispatch import LayerRoutes
 from deepseek_ray.kernels.pairs import NativePairs, Pairs
 from tests.kernels.cases import DTYPES, random
 
@@ -37,6 +40,21 @@ def test_the_plan_is_that_of_the_reference(
             assert mine.dtype == theirs.dtype, name
             assert mine.tolist() == theirs.tolist(), name
     assert native.count(ids, experts).tolist() == Pairs().count(ids, experts).tolist()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("avoid", [set(), {4}, {1, 9}, {1, 4, 9}])
+def test_the_choice_is_that_of_the_reference(native: NativePairs, seed: int, avoid: set[int]) -> None:
+    choose = random_module.Random(seed)
+    replicas = [tuple(choose.sample([9, 4, 1, 6], choose.choice([1, 2, 2, 3]))) for _ in range(30)]
+    routes = LayerRoutes(replicas)
+    counts = torch.tensor([choose.choice([0, 0, 1, 1, 5, 30]) for _ in range(30)])
+    assert native.choose(routes, counts, avoid).tolist() == routes.choose(counts, avoid).tolist()
+
+
+def test_without_a_choice_there_is_none(native: NativePairs) -> None:
+    routes = LayerRoutes([(3,), (1,)])
+    assert native.choose(routes, torch.tensor([0, 2]), {1}) is routes.first
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])

@@ -1,6 +1,8 @@
 // (token, expert) pairs of an MoE layer on their way to expert shards and back: see `kernels/pairs.py`. Nothing is
 // computed here; but it runs once per layer and step while everybody waits, in caches full of other things.
 
+#include <utility>
+
 #include "lanes.h"
 
 namespace {
@@ -26,9 +28,49 @@ void dr_count_experts(const int64_t* ids, int64_t n, int64_t* counts, int64_t ex
     for (int64_t i = 0; i < n; ++i) ++counts[ids[i]];
 }
 
-// One call for each owner of a wanted pair, in order of owners; returns how many. wanted [n]: flat pairs, ascending; null
-// means 0 .. n-1. Of call c: shards[c], num_rows[c] and num_pairs[c]. The calls stand behind each other in token_rows and
-// places, each beginning where its pairs do, and in indices, twice as long: rows of its pairs, then their experts.
+// The shard to ask for each expert. first [experts]: what is asked where there is no choice or no token; starts
+// [experts + 1] into shards, where the replicas of each expert stand, ascending. Largest cost first, each on the shard
+// that has least to do so far; one that is to be avoided only where there is no other.
+void dr_choose_shards(const int64_t* counts, int64_t experts, const int64_t* first, const int64_t* starts,
+                      const int64_t* shards, const int64_t* avoid, int64_t num_avoided, int64_t read_rows,
+                      int64_t* chosen) {
+    std::vector<int64_t> known(shards, shards + starts[experts]);
+    std::sort(known.begin(), known.end());
+    known.erase(std::unique(known.begin(), known.end()), known.end());
+    std::vector<int64_t> works(known.size(), 0);
+    const auto work = [&](int64_t shard) -> int64_t& {
+        return works[std::lower_bound(known.begin(), known.end(), shard) - known.begin()];
+    };
+    const auto is_avoided = [&](int64_t shard) {
+        return std::find(avoid, avoid + num_avoided, shard) != avoid + num_avoided;
+    };
+    std::vector<std::pair<int64_t, int64_t>> present;  // -cost and expert, so that they sort by cost, then by expert
+    for (int64_t expert = 0; expert < experts; ++expert) {
+        chosen[expert] = first[expert];
+        if (!counts[expert]) continue;
+        const int64_t cost = read_rows + counts[expert];
+        if (starts[expert + 1] - starts[expert] == 1) work(first[expert]) += cost;
+        else present.emplace_back(-cost, expert);
+    }
+    std::sort(present.begin(), present.end());
+    for (const auto& [cost, expert] : present) {
+        int64_t best = -1;
+        bool best_is_avoided = false;
+        for (int64_t i = starts[expert]; i < starts[expert + 1]; ++i) {
+            const bool avoided = is_avoided(shards[i]);
+            const bool better = best < 0 || (best_is_avoided && !avoided) ||
+                                (best_is_avoided == avoided && work(shards[i]) < work(best));
+            if (better) { best = shards[i]; best_is_avoided = avoided; }
+        }
+        work(best) -= cost;
+        chosen[expert] = best;
+    }
+}
+
+// One call for each owner of a wanted pair, in order of owners; returns how many. wanted [n]: flat pairs, ascending;
+// null means 0 .. n-1. Of call c: shards[c], num_rows[c] and num_pairs[c]. The calls stand behind each other in
+// token_rows and places, each beginning where its pairs do, and in indices, twice as long: rows of its pairs, then their
+// experts.
 int64_t dr_plan_calls(const int64_t* ids, int64_t top_k, const int64_t* owners, const int64_t* wanted, int64_t n,
                       int64_t* shards, int64_t* num_rows, int64_t* num_pairs, int64_t* token_rows, int64_t* places,
                       int32_t* indices) {
@@ -62,7 +104,8 @@ int64_t dr_plan_calls(const int64_t* ids, int64_t top_k, const int64_t* owners, 
 }
 
 // to [n, width] = the rows `rows` [n] of from, whose rows are `step` elements apart.
-void dr_pick_rows(const void* from, int64_t step, const int64_t* rows, int64_t n, int64_t width, int32_t dtype, void* to) {
+void dr_pick_rows(const void* from, int64_t step, const int64_t* rows, int64_t n, int64_t width, int32_t dtype,
+                  void* to) {
     const size_t bytes = size_t(width) * (dtype == kFloat32 ? 4 : 2);
     for (int64_t i = 0; i < n; ++i) std::memcpy(at(to, i * width, dtype), at(from, rows[i] * step, dtype), bytes);
 }

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.bench_model import BENCH_MINI, bench_mini_dir
 from benchmarks.peers.environments import gguf_of, is_there, python_of
 from benchmarks.results_file import write_results
@@ -41,7 +43,7 @@ _TURNS = 2
 class Driver:
     """One system in a process of its own."""
 
-    def __init__(self, system: str, model_dir: Path, threads: int) -> None:
+    def __init__(self, system: str, model_dir: Path, threads: int, **environment: str) -> None:
         variables = {
             "OMP_NUM_THREADS": str(threads),
             "VLLM_CPU_KVCACHE_SPACE": "4",
@@ -57,8 +59,9 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, **variables},
+            env={**os.environ, **variables, **environment},
         )
+        self.process = psutil.Process(self._process.pid)
         self._answer()
         self.start_seconds = time.perf_counter() - started
 

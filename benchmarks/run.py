@@ -6,7 +6,16 @@ import subprocess
 import sys
 
 BENCHMARKS = (
-    *("frame_round_trip", "generation", "quantization", "speculation", "long_context", "http_load", "simulate"),
+    *(
+        "frame_round_trip",
+        "generation",
+        "startup",
+        "quantization",
+        "speculation",
+        "long_context",
+        "http_load",
+        "simulate",
+    ),
     *("training", "strategies", "placement", "tuning"),
 )
 

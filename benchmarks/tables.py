@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_file import RESULTS
-from benchmarks.sections.generation import generation_section, quantization_section, speculation_section
+from benchmarks.sections.generation import (
+    generation_section,
+    quantization_section,
+    speculation_section,
+    startup_section,
+)
 from benchmarks.sections.placement import placement_section
 from benchmarks.sections.serving import frames_section, http_section, long_context_section, simulation_section
 from benchmarks.sections.training import strategies_section, training_section, tuning_section
@@ -27,6 +32,7 @@ This page is written by `python -m benchmarks.tables` from `benchmarks/results/`
 def main() -> None:
     written = {
         "generation": generation_section,
+        "startup": startup_section,
         "quantization": quantization_section,
         "speculation": speculation_section,
         "long_context": long_context_section,

@@ -143,3 +143,25 @@ def speculation_section(result: dict[str, Any]) -> str:
             f"| {row['sequences']} | {none:.1f} | {right / none:.2f}x | {wrong / none:.2f}x | {100 * least:.0f} % |"
         )
     return "\n".join([*lines, ""])
+
+
+def startup_section(result: dict[str, Any]) -> str:
+    """Start-up and memory of each system, as parts of vLLM's where it was measured."""
+    rows = {row["system"]: row for row in result["rows"]}
+    peer = rows.get("vllm")
+    lines = [
+        "## From start to first token, and memory",
+        "",
+        f"bench-mini, bfloat16, checkpoint in the page cache, kernels built; {measured_on(result)}, medians of "
+        f"{result['rounds']} rounds in turns (`{result['file']}`). Memory is the proportional share of all processes.",
+        "",
+        "| system | ready, s | first token, s | of vLLM's | memory, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for system, row in rows.items():
+        part = "-" if peer is None else f"{row['ready_seconds'] / peer['ready_seconds']:.2f}x"
+        lines.append(
+            f"| {system} | {row['ready_seconds']:.1f} | {row['first_token_seconds']:.1f} | {part} "
+            f"| {row['memory_bytes'] / 2**30:.1f} |"
+        )
+    return "\n".join([*lines, ""])

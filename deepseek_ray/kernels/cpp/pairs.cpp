@@ -69,8 +69,8 @@ void dr_choose_shards(const int64_t* counts, int64_t experts, const int64_t* fir
 
 // One call for each owner of a wanted pair, in order of owners; returns how many. wanted [n]: flat pairs, ascending;
 // null means 0 .. n-1. Of call c: shards[c], num_rows[c] and num_pairs[c]. The calls stand behind each other in
-// token_rows and places, each beginning where its pairs do, and in indices, twice as long: rows of its pairs, then their
-// experts.
+// token_rows and places, each beginning where its pairs do, and in indices, twice as long: rows of its pairs, then
+// their experts.
 int64_t dr_plan_calls(const int64_t* ids, int64_t top_k, const int64_t* owners, const int64_t* wanted, int64_t n,
                       int64_t* shards, int64_t* num_rows, int64_t* num_pairs, int64_t* token_rows, int64_t* places,
                       int32_t* indices) {

@@ -46,6 +46,9 @@ def chaos(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=1)] = 24,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each stream.", min=8)] = 80,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "float32",
+    speculative: Annotated[
+        str | None, typer.Option(help="Let the struck engines guess tokens: mtp or ngram.", show_default="none")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Chooses targets and times.")] = 0,
     deadline: Annotated[float, typer.Option(help="Seconds that each request may take.", min=1)] = 300.0,
     history: Annotated[
@@ -77,7 +80,10 @@ def chaos(
             "model_dir": str(model_dir.absolute()),
             "dtype": dtype,
             "request_timeout_seconds": deadline,
-            "engine": {"max_num_seqs": max(64, streams + streams // 4)},  # some come while those still run
+            "engine": {
+                "max_num_seqs": max(64, streams + streams // 4),  # some come while those still run
+                "speculative": speculative and {"method": speculative},
+            },
         },
         "chaos",
     )
@@ -174,6 +180,8 @@ def _run_apart(config: DeploymentConfig, name: str, settings: ChaosSettings) -> 
         f"--max-tokens={settings.max_tokens}", f"--dtype={config.dtype}", f"--seed={settings.seed}",
         f"--deadline={settings.deadline_seconds}",
     ]  # fmt: skip
+    if config.engine.speculative is not None:
+        command.append(f"--speculative={config.engine.speculative.method}")
     if settings.history_dir is not None:
         command.append(f"--history={settings.history_dir}")
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}

@@ -39,6 +39,7 @@ class LayerRoutes:
 
     def __init__(self, replicas: Sequence[tuple[int, ...]]) -> None:
         """replicas: for each logical expert, the shards that hold it."""
+        self._replicas = replicas
         self._only = [shards[0] for shards in replicas]
         self.first = torch.tensor(self._only)
         """[experts] int64."""
@@ -83,7 +84,7 @@ class LayerRoutes:
     def has_other(self, expert_ids: Tensor, avoid: Collection[int]) -> Tensor:
         """[n] bool for expert_ids [n]: whether a replica of the expert is on a shard outside `avoid`."""
         return torch.tensor(
-            [any(shard not in avoid for shard in self._several.get(expert, ())) for expert in expert_ids.tolist()],
+            [any(shard not in avoid for shard in self._replicas[expert]) for expert in expert_ids.tolist()],
             dtype=torch.bool,
         )
 

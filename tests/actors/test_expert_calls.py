@@ -158,6 +158,22 @@ def test_an_overdue_call_goes_to_the_replica_and_its_late_answer_is_dropped(
     backend.close()
 
 
+def test_an_overdue_call_goes_to_where_its_experts_are_now(twins: Shards, reader: CheckpointReader) -> None:
+    """The shard hangs with its link open; nobody else has its experts, until the router says that another one has."""
+    everything = {layer: [(1,)] * EXPERTS for layer in (LAYER, 2)}
+    twins.placement = everything
+    twins.publish()
+    twins.answers[1].clear()
+    backend = twins.backend(hedge_after_seconds=0.05)
+    hidden, ids = work(9)
+    ticket = backend.dispatch(LAYER, hidden, ids)
+    twins.placement = {layer: [(0,)] * EXPERTS for layer in (LAYER, 2)}
+    twins.publish()
+    assert torch.equal(backend.combine(ticket), local_rows(reader, hidden, ids))
+    twins.answers[1].set()
+    backend.close()
+
+
 def test_answers_that_come_twice_change_nothing(shards: Shards, reader: CheckpointReader) -> None:
     """The second copies arrive while later calls wait, whose places they must not take."""
     shards.copies = 2

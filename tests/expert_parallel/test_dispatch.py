@@ -73,6 +73,7 @@ def test_a_shard_is_avoided_where_another_has_the_expert() -> None:
     assert routes.choose(counts, avoid={0, 1, 2}).tolist()[0] == 0
     assert routes.has_other(torch.tensor([0, 1, 2, 1]), avoid={0}).tolist() == [False, True, True, True]
     assert routes.has_other(torch.tensor([1, 2]), avoid={0, 1}).tolist() == [False, True]
+    assert routes.has_other(torch.tensor([0]), avoid={2}).tolist() == [True], "it has moved there"
 
 
 def test_single_replicas_need_no_choice() -> None:

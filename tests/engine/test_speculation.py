@@ -17,8 +17,9 @@ from deepseek_ray.engine.speculation import NgramIndex, Speculator, can_guess, s
 from deepseek_ray.errors import ConfigError, ExpertsCrashedError
 from deepseek_ray.messages import GenerateRequest, SamplingParams, StructuredOutputsParams
 from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.decoder import DeepSeekForCausalLM
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
-from deepseek_ray.models.load import load_model
+from deepseek_ray.models.load import load_model, save_model
 from deepseek_ray.models.paged_decoder import PagedDecoder
 from deepseek_ray.nn.paged import PagedBatch
 from tests.checkpoints import tiny_config, write_random_checkpoint
@@ -201,10 +202,15 @@ def test_ngrams_guess_repetitions_right() -> None:
     assert stats.num_accepted_tokens == stats.num_draft_tokens > 20
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config(num_nextn_predict_layers=1)
-    return write_random_checkpoint(tmp_path_factory.mktemp("mtp") / "m", config)
+@pytest.fixture(scope="module", params=["own copies", "shared"])
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layer's embedding and head are its own, or the main model's, as after training."""
+    config, directory = tiny_config(num_nextn_predict_layers=1), tmp_path_factory.mktemp("mtp") / "m"
+    if request.param == "own copies":
+        return write_random_checkpoint(directory, config)
+    torch.manual_seed(0)
+    save_model(DeepSeekForCausalLM(config), directory)
+    return directory
 
 
 def mtp_engine(model_dir: Path, dtype: torch.dtype, guess: bool, **settings: int) -> Engine:

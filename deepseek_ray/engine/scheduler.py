@@ -101,7 +101,8 @@ class Scheduler:
         step = ScheduledStep()
         budget = self._schedule_running(step)
         if not step.preempted:  # what was freed is for those that run; admitting now would preempt again
-            self._schedule_waiting(step, budget)
+            budget = self._schedule_waiting(step, budget)
+        self._add_drafts(step, budget)
         return step
 
     def advance(self, step: ScheduledStep) -> list[NamedBlock]:
@@ -171,13 +172,17 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if not self._grow_or_preempt(sequence, sequence.num_computed_tokens + num_tokens, step):
                 break  # it was the last one and preempted itself
-            item = self._scheduled(sequence, num_tokens)
+            step.items.append(self._scheduled(sequence, num_tokens))
+            budget -= num_tokens
             index += 1
-            if item.samples:  # a guess takes no other sequence's turn
-                item = self._with_drafts(item, budget - num_tokens - (len(self.running) - index))
-            step.items.append(item)
-            budget -= item.num_rows
         return budget
+
+    def _add_drafts(self, step: ScheduledStep, budget: int) -> None:
+        """Give what is left of the budget to guesses: they take no sequence's turn."""
+        for place, item in enumerate(step.items):
+            if budget > 0 and item.samples:
+                step.items[place] = self._with_drafts(item, budget)
+                budget -= len(step.items[place].draft_token_ids)
 
     def _with_drafts(self, item: ScheduledSequence, budget: int) -> ScheduledSequence:
         """With as many of the sequence's guesses as budget, context and free blocks allow; nobody is preempted."""
@@ -191,7 +196,7 @@ class Scheduler:
         if self.blocks.num_free < missing + len(self.running):
             return item
         self.blocks.try_grow(sequence.block_table, num_tokens)
-        return self._scheduled(sequence, item.num_tokens, drafts=drafts)
+        return self._scheduled(sequence, item.num_tokens, item.num_found, drafts)
 
     def _grow_or_preempt(self, sequence: Sequence, num_tokens: int, step: ScheduledStep) -> bool:
         while not self.blocks.try_grow(sequence.block_table, num_tokens):
@@ -209,8 +214,11 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _schedule_waiting(self, step: ScheduledStep, budget: int) -> None:
-        """Admit in order of arrival, each with blocks for all its tokens, so that no prompt is preempted half-way."""
+    def _schedule_waiting(self, step: ScheduledStep, budget: int) -> int:
+        """Admit in order of arrival, each with blocks for all its tokens, so that no prompt is preempted half-way.
+
+        Returns the budget left.
+        """
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             found = self._find(sequence)
@@ -223,6 +231,7 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             step.items.append(self._scheduled(sequence, num_tokens, num_found))
             budget -= num_tokens
+        return budget
 
     def _find(self, sequence: Sequence) -> list[int]:
         """Blocks of its beginning that the prefix cache has. The last token is computed: its logits are wanted."""

@@ -134,21 +134,25 @@ def test_blocks_that_guesses_filled_are_found_again(truth: dict[str, list[int]])
     assert found.token_ids == run_to_end(make_engine(), [again])["again"].token_ids
 
 
-def test_a_guess_takes_no_other_sequences_turn(truth: dict[str, list[int]]) -> None:
-    """Four sequences, five tokens a step: nobody waits for another one's guesses."""
-    decoder = FakeDecoder()
-    engine = make_engine(decoder, max_num_batched_tokens=5)
-    names = ["greedy", "seeded", "penalised"]
-    with_oracle(engine, truth, 7, lambda place: True)
-    for request in requests()[:3]:
-        engine.add_request(request)
-    lengths: dict[str, int] = dict.fromkeys(names, 0)
-    while engine.has_work:
-        for event in engine.step():
-            lengths[event.request_id] += 1
-        if all(lengths.values()) and max(lengths.values()) < 25:
-            assert max(lengths.values()) - min(lengths.values()) <= 4, "those that came first are ahead by their start"
-    assert max(decoder.num_tokens_per_step) <= 5
+@pytest.mark.parametrize("budget", [5, 8])
+def test_a_guess_takes_no_other_sequences_turn(truth: dict[str, list[int]], budget: int) -> None:
+    """With guesses that are all wrong every token comes in the step in which it comes without them."""
+
+    def steps(guessing: bool) -> list[list[str]]:
+        decoder = FakeDecoder()
+        engine = make_engine(decoder, max_num_batched_tokens=budget)
+        if guessing:
+            with_oracle(engine, truth, 7, lambda place: True)
+        for request in requests()[:4]:
+            engine.add_request(request)
+        order = []
+        while engine.has_work:
+            order.append([event.request_id for event in engine.step()])
+        assert max(decoder.num_tokens_per_step) <= budget
+        assert (engine.stats().num_draft_tokens > 0) == guessing
+        return order
+
+    assert steps(guessing=True) == steps(guessing=False)
 
 
 def test_a_guess_that_crashes_experts_costs_the_guesses_only(truth: dict[str, list[int]]) -> None:

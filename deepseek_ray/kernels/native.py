@@ -113,7 +113,7 @@ class NativeKernels(Kernels):
     """Row-invariant C++ on the CPU. Packed weights are as `cpp/linear.cpp` says."""
 
     name = "native C++"
-    layout = f"blocks of {_LANES} outputs, inputs in units of 4 bytes"
+    layout = f"blocks of {_LANES} outputs, inputs in units of 4 bytes, bytes from 0"
 
     def __init__(self) -> None:
         self._library = load_library()

@@ -12,6 +12,8 @@ Quantization = Literal["int8", "int4"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 INT8_LARGEST = 127
+INPUT_LARGEST = 63
+"""Of a rounded input. Seven bits, with a scale for 32, cost next to nothing and spare AVX2 a quarter of its work."""
 INT4_GROUP = 32
 """Weights of an output that share a scale."""
 INPUT_GROUP = 32
@@ -67,9 +69,9 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_inputs(x: Tensor) -> Tensor:
-    """What a product with integers makes of its inputs `[T, K]`: float32 values of int8, a scale for 32 of a row."""
+    """What a product with integers makes of its inputs `[T, K]`: float32, -63 to 63 times a scale for 32 of a row."""
     num_in = x.shape[1]
     groups = F.pad(x.float(), (0, -num_in % INPUT_GROUP)).unflatten(1, (-1, INPUT_GROUP))
-    scales = groups.abs().amax(dim=2, keepdim=True) / INT8_LARGEST
+    scales = groups.abs().amax(dim=2, keepdim=True) / INPUT_LARGEST
     inverse = torch.where(scales > 0, 1 / scales, 0.0)
     return ((groups * inverse).round() * scales).flatten(1)[:, :num_in]

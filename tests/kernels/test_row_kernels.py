@@ -72,7 +72,8 @@ def _unpacked(packed: PackedWeight, kind: Quantization) -> torch.Tensor:
     """[N, K] from the layout of `cpp/linear.cpp`."""
     groups = -(-packed.num_in // 32)
     if kind == "int8":
-        rows = packed.data.view(-1, groups * 8, 16, 4).transpose(1, 2)
+        bytes_from_zero = packed.data.view(torch.uint8).to(torch.int16)
+        rows = (bytes_from_zero - 128).view(-1, groups * 8, 16, 4).transpose(1, 2)
     else:
         units = packed.data.view(-1, groups * 4, 16, 1)
         halves = (units >> torch.tensor([0, 8, 16, 24, 4, 12, 20, 28])) & 15

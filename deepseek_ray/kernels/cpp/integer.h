@@ -1,8 +1,8 @@
-// Matrix products with weights of 8 or 4 bits. Inputs are rounded to int8 with a scale for 32 of a row; the products of 32
-// inputs are summed exactly, in integers, and these sums, times both scales, in float32 in the order of the inputs.
+// Matrix products with weights of 8 or 4 bits. Inputs are rounded to 7 bits with a scale for 32 of a row; the products of
+// 32 inputs are summed exactly, in integers, and these sums, times both scales, in float32 in the order of the inputs.
 //
-//   int8      [ceil(N/16)][ceil(K/32)][8][16] units of 4 bytes with 4 inputs each, and float32 scales [ceil(N/16)][16],
-//             one for an output
+//   int8      [ceil(N/16)][ceil(K/32)][8][16] units of 4 bytes with 4 inputs each, every byte 128 more than the weight,
+//             and float32 scales [ceil(N/16)][16], one for an output
 //   int4      [ceil(N/16)][ceil(K/32)][4][16] units of 4 bytes with 8 inputs each: the low halves of its bytes are the
 //             first 4, the high halves the others, each 8 more than the weight; bfloat16 scales
 //             [ceil(N/16)][ceil(K/32)][16], one for 32 inputs of an output
@@ -14,23 +14,26 @@
 namespace {
 
 constexpr int64_t kGroup = 32;  // inputs that share a scale
+// Of a rounded input: two products with bytes up to 255 fit 16 signed bits, so that an instruction of AVX2 adds them.
+constexpr int kLargestInput = 63;
+static_assert(2 * 255 * kLargestInput < 1 << 15);
 
 // Sixteen 32-bit integers, each the sum of four products of bytes.
 #if defined(__AVX2__)
 struct Dots {
     __m256i lo, hi;
     static inline Dots zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-    // Signed bytes of weights times those of inputs, which are -127 to 127; 4 inputs are the same for all lanes.
-    static inline __m256i signed8(const uint32_t* w, __m256i x, __m256i magnitude) {
+    // Bytes of weights, 0 to 255, times those of inputs; 4 inputs are the same for all lanes.
+    static inline __m256i bytes8(const uint32_t* w, __m256i x) {
         __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-        return _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(raw, x)), _mm256_set1_epi16(1));
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(raw, x), _mm256_set1_epi16(1));
     }
-    inline void add_signed(const uint32_t* w, int32_t inputs) {
-        __m256i x = _mm256_set1_epi32(inputs), magnitude = _mm256_abs_epi8(x);
-        lo = _mm256_add_epi32(lo, signed8(w, x, magnitude));
-        hi = _mm256_add_epi32(hi, signed8(w + 8, x, magnitude));
+    inline void add_bytes(const uint32_t* w, int32_t inputs) {
+        __m256i x = _mm256_set1_epi32(inputs);
+        lo = _mm256_add_epi32(lo, bytes8(w, x));
+        hi = _mm256_add_epi32(hi, bytes8(w + 8, x));
     }
-    // Halves of bytes, 0 to 15: `high` ones or low ones. Sums of 8 such are kept in 16 bits: 8 * 2 * 15 * 127 < 2^15.
+    // Halves of bytes, 0 to 15: `high` ones or low ones. Sums of 8 such are kept in 16 bits: 8 * 2 * 15 * 63 < 2^15.
     static inline __m256i half8(const uint32_t* w, bool high) {
         __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
         return _mm256_and_si256(high ? _mm256_srli_epi16(raw, 4) : raw, _mm256_set1_epi8(15));
@@ -60,9 +63,9 @@ struct Dots {
     int32_t v[kLanes];
     static inline Dots zero() { return Dots{}; }
     static inline int byte(uint32_t x, int i) { return int8_t(x >> (8 * i)); }
-    inline void add_signed(const uint32_t* w, int32_t inputs) {
+    inline void add_bytes(const uint32_t* w, int32_t inputs) {
         for (int l = 0; l < kLanes; ++l)
-            for (int i = 0; i < 4; ++i) v[l] += byte(w[l], i) * byte(uint32_t(inputs), i);
+            for (int i = 0; i < 4; ++i) v[l] += int(w[l] >> (8 * i) & 255) * byte(uint32_t(inputs), i);
     }
     inline void add_half16(const uint32_t* w, bool high, int32_t inputs) {
         for (int l = 0; l < kLanes; ++l)
@@ -107,7 +110,7 @@ struct RoundedStore {
             Vec low = load_some(at(from, k, dtype), count, dtype), high = Vec::zero();
             if (count > kLanes) high = load_some(at(from, k + kLanes, dtype), count - kLanes, dtype);
             Vec most = low.max(Vec::zero() - low).max(high).max(Vec::zero() - high);
-            const float largest = max_lanes(most), scale = largest / 127.0f;
+            const float largest = max_lanes(most), scale = largest / float(kLargestInput);
             const Vec inverse = Vec::all(scale > 0 ? 1.0f / scale : 0.0f);
             float scaled[kGroup];
             (low * inverse).store(scaled);
@@ -166,7 +169,7 @@ struct Integer {
                     std::memcpy(inputs, x.values + r * x.stride + g * kGroup + u * (kGroup / kUnits), 32 / kUnits);
                     for (int b = 0; b < B; ++b) {
                         if constexpr (Bits == 8) {
-                            dots[r][b].add_signed(units + b * stride, inputs[0]);
+                            dots[r][b].add_bytes(units + b * stride, inputs[0]);
                         } else {
                             dots[r][b].add_half16(units + b * stride, false, inputs[0]);
                             dots[r][b].add_half16(units + b * stride, true, inputs[1]);
@@ -178,7 +181,8 @@ struct Integer {
                 const int64_t place = r * (x.stride / kGroup) + g;
                 for (int b = 0; b < B; ++b) {
                     if constexpr (Bits == 8) {
-                        sums[r][b] = sums[r][b].fma(dots[r][b].to_float(), Vec::all(x.scales[place]));
+                        Vec dot = dots[r][b].minus(128 * x.sums[place]).to_float();
+                        sums[r][b] = sums[r][b].fma(dot, Vec::all(x.scales[place]));
                     } else {
                         Vec scale = Vec::load(static_cast<const uint16_t*>(scales) + (b * groups(K) + g) * kLanes);
                         Vec dot = dots[r][b].widened().minus(8 * x.sums[place]).to_float();

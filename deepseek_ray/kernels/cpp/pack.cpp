@@ -40,7 +40,7 @@ void dr_pack(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64
 }
 
 // Symmetric int8 with a scale per output; the layout is in integer.h.
-void dr_pack_int8(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, int8_t* out, float* scales,
+void dr_pack_int8(const void* weight, int64_t stride, int32_t dtype, int64_t N, int64_t K, uint8_t* out, float* scales,
                   int32_t threads) {
     const int64_t blocks = (N + kLanes - 1) / kLanes, units = (K + 31) / 32 * 8;
     pool::run(blocks, N * K > kSmallWork ? threads : 1, [&](int64_t b) {
@@ -58,7 +58,7 @@ void dr_pack_int8(const void* weight, int64_t stride, int32_t dtype, int64_t N, 
                 float scaled[kLanes] = {0};
                 if (k < count) (load_some(at(from, k, dtype), count - k, dtype) * inverse).store(scaled);
                 for (int64_t j = 0; j < kLanes; ++j)
-                    out[((b * units + (k + j) / 4) * kLanes + i) * 4 + j % 4] = int8_t(std::nearbyint(scaled[j]));
+                    out[((b * units + (k + j) / 4) * kLanes + i) * 4 + j % 4] = uint8_t(128 + int(std::nearbyint(scaled[j])));
             }
         }
     });

@@ -23,19 +23,23 @@ static_assert(2 * 255 * kLargestInput < 1 << 15);
 struct Dots {
     __m256i lo, hi;
     static inline Dots zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-    // Bytes of weights, 0 to 255, times those of inputs; 4 inputs are the same for all lanes.
-    static inline __m256i bytes8(const uint32_t* w, __m256i x) {
-        __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-        return _mm256_madd_epi16(_mm256_maddubs_epi16(raw, x), _mm256_set1_epi16(1));
+    // sums + bytes of weights, 0 to 255, times those of inputs, of which 4 are the same for all lanes.
+    static inline __m256i plus_bytes8(__m256i sums, __m256i raw, __m256i x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+        return _mm256_dpbusd_epi32(sums, raw, x);
+#else
+        return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(raw, x), _mm256_set1_epi16(1)));
+#endif
     }
+    static inline __m256i load8(const uint32_t* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
     inline void add_bytes(const uint32_t* w, int32_t inputs) {
         __m256i x = _mm256_set1_epi32(inputs);
-        lo = _mm256_add_epi32(lo, bytes8(w, x));
-        hi = _mm256_add_epi32(hi, bytes8(w + 8, x));
+        lo = plus_bytes8(lo, load8(w), x);
+        hi = plus_bytes8(hi, load8(w + 8), x);
     }
     // Halves of bytes, 0 to 15: `high` ones or low ones. Sums of 8 such are kept in 16 bits: 8 * 2 * 15 * 63 < 2^15.
     static inline __m256i half8(const uint32_t* w, bool high) {
-        __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+        __m256i raw = load8(w);
         return _mm256_and_si256(high ? _mm256_srli_epi16(raw, 4) : raw, _mm256_set1_epi8(15));
     }
     inline void add_half16(const uint32_t* w, bool high, int32_t inputs) {

@@ -13,24 +13,56 @@ constexpr int64_t kPositions = 64;
 #if defined(__AVX512F__)
 constexpr int kQueryHeads = 4, kQueryPositions = 4, kValueHeads = 16;
 #else
-constexpr int kQueryHeads = 2, kQueryPositions = 3, kValueHeads = 6;
+constexpr int kQueryHeads = 4, kQueryPositions = 3, kValueHeads = 6;
 #endif
 
 inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
-// scores[h][j] = scale * query[h] . latents[j] for H heads and P positions.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// acc[h][p] = query[h] . latents[p], lane by lane. One half of the lanes after the other: twice as many sums fit the
+// registers, and the bits stay those of whole vectors.
 template <int H, int P>
-inline void score_tile(const float* query, const float* latents, int64_t width, float scale, float* scores) {
-    Vec acc[H][P];
+inline void multiply(const float* query, const float* latents, int64_t width, Vec (&acc)[H][P]) {
+    for (int half = 0; half < 2; ++half) {
+        __m256 sums[H][P];
+        for (int h = 0; h < H; ++h) for (int p = 0; p < P; ++p) sums[h][p] = _mm256_setzero_ps();
+        for (int64_t i = half * kLanes / 2; i < width; i += kLanes) {
+            __m256 c[P];
+            for (int p = 0; p < P; ++p) {
+                c[p] = _mm256_loadu_ps(latents + p * width + i);
+                if (!half) __builtin_prefetch(latents + (p + P) * width + i);
+            }
+            for (int h = 0; h < H; ++h) {
+                __m256 q = _mm256_loadu_ps(query + h * width + i);
+                for (int p = 0; p < P; ++p) sums[h][p] = _mm256_fmadd_ps(q, c[p], sums[h][p]);
+            }
+        }
+        for (int h = 0; h < H; ++h) for (int p = 0; p < P; ++p) (half ? acc[h][p].hi : acc[h][p].lo) = sums[h][p];
+    }
+}
+#else
+template <int H, int P>
+inline void multiply(const float* query, const float* latents, int64_t width, Vec (&acc)[H][P]) {
     for (int h = 0; h < H; ++h) for (int p = 0; p < P; ++p) acc[h][p] = Vec::zero();
     for (int64_t i = 0; i < width; i += kLanes) {
         Vec c[P];
-        for (int p = 0; p < P; ++p) c[p] = Vec::load(latents + p * width + i);
+        for (int p = 0; p < P; ++p) {
+            c[p] = Vec::load(latents + p * width + i);
+            __builtin_prefetch(latents + (p + P) * width + i);
+        }
         for (int h = 0; h < H; ++h) {
             Vec q = Vec::load(query + h * width + i);
             for (int p = 0; p < P; ++p) acc[h][p] = acc[h][p].fma(q, c[p]);
         }
     }
+}
+#endif
+
+// scores[h][j] = scale * query[h] . latents[j] for H heads and P positions.
+template <int H, int P>
+inline void score_tile(const float* query, const float* latents, int64_t width, float scale, float* scores) {
+    Vec acc[H][P];
+    multiply<H, P>(query, latents, width, acc);
     for (int h = 0; h < H; ++h)
         for (int p = 0; p < P; ++p) scores[h * kPositions + p] = sum_lanes(acc[h][p]) * scale;
 }
@@ -63,6 +95,21 @@ void value_heads(int64_t heads, const float* weights, const float* keep, const f
         if (heads == H) value_tile<H>(weights, keep, latents, count, width, sums, sums_stride);
         else value_heads<H - 1>(heads, weights, keep, latents, count, width, sums, sums_stride);
     }
+}
+
+constexpr int64_t kRowsAhead = 4;  // of the cache, fetched before they are widened
+
+// A row of the cache in float32.
+inline void widen(const void* row, int32_t dtype, int64_t width, float* to) {
+    int64_t i = 0;
+    if (dtype == kBfloat16) {
+        const uint16_t* from = static_cast<const uint16_t*>(row);
+        for (; i + kLanes <= width; i += kLanes) {
+            __builtin_prefetch(from + kRowsAhead * width + i);
+            Vec::load(from + i).store(to + i);
+        }
+    }
+    for (; i < width; i += kLanes) load_some(at(row, i, dtype), width - i, dtype).store(to + i);
 }
 
 // What one thread works with: some heads of one token.
@@ -147,7 +194,8 @@ void dr_latent_attention(const float* query, const void* cache, int32_t cache_dt
     // Reading a latent costs once per token if one thread has all of its heads; few tokens are divided all the same.
     const int64_t parts = tokens < 2 * threads ? std::min<int64_t>(heads, threads) : 1;
     pool::run(tokens * parts, threads, [&](int64_t task) {
-        thread_local Heads state;
+        thread_local Heads state_of_thread;
+        Heads& state = state_of_thread;  // looked up once
         const int64_t t = task / parts, part = task % parts;
         const int64_t first = heads * part / parts, number = heads * (part + 1) / parts - first;
         const int64_t context = positions[t] + 1;
@@ -157,9 +205,7 @@ void dr_latent_attention(const float* query, const void* cache, int32_t cache_dt
             const int64_t count = std::min(kPositions, context - begin);
             for (int64_t j = 0; j < count; ++j) {
                 const int64_t slot = int64_t(table[(begin + j) / block_size]) * block_size + (begin + j) % block_size;
-                const void* row = at(cache, slot * width, cache_dtype);
-                for (int64_t i = 0; i < width; i += kLanes)
-                    load_some(at(row, i, cache_dtype), width - i, cache_dtype).store(state.latents.data() + j * wide + i);
+                widen(at(cache, slot * width, cache_dtype), cache_dtype, width, state.latents.data() + j * wide);
             }
             state.add(number, count, wide, value_width, scale);
         }

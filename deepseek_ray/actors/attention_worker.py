@@ -95,6 +95,7 @@ class AttentionWorker:
                 device=device,
                 quantization=self._config.quantization,
                 with_mtp=self._config.engine.uses_mtp,
+                micro_batches=self._config.engine.micro_batches,
             )
             engine = Engine(decoder, tokenizer_beside(self._config.model_dir), self._config.engine)
             if engine.grammars:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -62,9 +63,11 @@ class _Pending:
         return self.call.places[self.answered :]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Ticket:
     layer: int
+    first_row: int
+    """Place of the first row of `hidden` in the step's batch."""
     hidden: Tensor
     expert_ids: Tensor
     counts: Tensor
@@ -104,6 +107,8 @@ class RemoteExperts(ExpertBackend):
         self._patience = Patience(hedge_after_seconds)
         self._pairs = default_pairs()
         self._sequence = 0
+        self._open: list[_Ticket] = []
+        """Dispatched and not combined, in this order: answers to all of them come over the same links."""
         self.meter = ExpertMeter()
         self.num_frames = 0
         self.num_frames_resent = 0
@@ -116,15 +121,18 @@ class RemoteExperts(ExpertBackend):
         """Shard -> incarnation of the process that cannot be reached."""
         return self._links.lost
 
-    def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor) -> _Ticket:
+    def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor, first_row: int = 0) -> _Ticket:
         started = time.monotonic()
         tokens, top_k = expert_ids.shape
         routes = self._directory.routes(layer)
         expert_ids = expert_ids.contiguous()
         counts = self._pairs.count(expert_ids, len(routes.first))
-        ticket = _Ticket(layer, hidden, expert_ids, counts, hidden.new_empty(tokens * top_k, hidden.shape[1]))
-        for call in self._pairs.plan(expert_ids, self._pairs.choose(routes, counts, self._links.avoided)):
-            self._send(ticket, _Pending(call, attempt=0))
+        rows = hidden.new_empty(tokens * top_k, hidden.shape[1])
+        ticket = _Ticket(layer, first_row, hidden, expert_ids, counts, rows)
+        with self._giving_up():
+            self._open.append(ticket)
+            for call in self._pairs.plan(expert_ids, self._pairs.choose(routes, counts, self._links.avoided)):
+                self._send(ticket, _Pending(call, attempt=0))
         self.meter.dispatched(layer, counts, time.monotonic() - started)
         return ticket
 
@@ -136,19 +144,32 @@ class RemoteExperts(ExpertBackend):
         """Raises StepInterruptedError when experts are away and a request of the batch ended meanwhile, and
         ExpertsCrashedError when a token has crashed shards twice."""
         started = time.monotonic()
-        while ticket.pending:
-            if any(pending.link is None for pending in ticket.pending.values()):
-                self._send_again(ticket)
-            self._collect(ticket)
-            self._hedge(ticket)
-            if ticket.pending and time.monotonic() - started > _PATIENCE_SECONDS and self._interrupted():
-                raise StepInterruptedError("a request of this batch ended while experts were away; run the step again")
+        with self._giving_up():
+            while ticket.pending:
+                if any(pending.link is None for pending in ticket.pending.values()):
+                    self._send_again(ticket)
+                self._collect(ticket)
+                self._hedge(ticket)
+                if ticket.pending and time.monotonic() - started > _PATIENCE_SECONDS and self._interrupted():
+                    raise StepInterruptedError(
+                        "a request of this batch ended while experts were away; run the step again"
+                    )
+        self._open.remove(ticket)
         self.meter.combined(time.monotonic() - started)
         tokens, top_k = ticket.expert_ids.shape
         return ticket.rows.view(tokens, top_k, -1)
 
     def close(self) -> None:
         self._links.close()
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """What fails ends the step: the answers to its other tickets are not waited for."""
+        try:
+            yield
+        except BaseException:
+            self._open.clear()
+            raise
 
     def _send(self, ticket: _Ticket, pending: _Pending) -> None:
         """Register the call and send it if its shard can be reached."""
@@ -170,9 +191,9 @@ class RemoteExperts(ExpertBackend):
         try:
             link.send(frame)
         except LinkError as error:
-            self._read(ticket, link, pending.call.shard)  # what it has answered came before its end
+            self._read(link, pending.call.shard)  # what it has answered came before its end
             if link in self._links.open:
-                self._drop(ticket, pending.call.shard, error)
+                self._drop(pending.call.shard, error)
             return
         pending.link, pending.sent = link, time.monotonic()
         self.num_frames += 1
@@ -223,22 +244,23 @@ class RemoteExperts(ExpertBackend):
         for fileno in by_fileno:
             poller.register(fileno, select.POLLIN)
         for fileno, _ in poller.poll(0 if unsent else int(_POLL_SECONDS * 1000)):
-            self._read(ticket, *by_fileno[fileno])
+            self._read(*by_fileno[fileno])
 
-    def _read(self, ticket: _Ticket, link: Link, shard: int) -> None:
+    def _read(self, link: Link, shard: int) -> None:
         """Take what has come over a link; at its end, drop it."""
         try:
             while (frame := link.receive(0)) is not None:
                 self._links.heard(shard)
-                self._take(ticket, frame)
+                self._take(frame)
         except LinkError as error:
-            self._drop(ticket, shard, error)
+            self._drop(shard, error)
 
-    def _take(self, ticket: _Ticket, frame: Frame) -> None:
+    def _take(self, frame: Frame) -> None:
         with frame:
-            pending = ticket.pending.get(frame.sequence)
-            if pending is None or frame.incarnation != self._incarnation:
+            ticket = next((ticket for ticket in self._open if frame.sequence in ticket.pending), None)
+            if ticket is None or frame.incarnation != self._incarnation:
                 return  # a late answer to a call that was sent again, or to a step that was given up
+            pending = ticket.pending[frame.sequence]
             if frame.kind is FrameKind.EXPERT_REPLY:
                 if frame.num_rows < pending.answered:
                     return  # a part of an answer that came before
@@ -289,7 +311,7 @@ class RemoteExperts(ExpertBackend):
         self.num_experts_wrong += len(wrong)
         return True
 
-    def _drop(self, ticket: _Ticket, shard: int, error: Exception) -> None:
+    def _drop(self, shard: int, error: Exception) -> None:
         """Give a link up; what was sent over it and not answered goes elsewhere, or waits.
 
         A shard computes the calls of one link one after the other: it has died over the first without an answer, if
@@ -299,13 +321,14 @@ class RemoteExperts(ExpertBackend):
         if link is None:
             return
         died = isinstance(error, LinkClosedError) and not isinstance(error, LinkLostError)
-        for pending in ticket.pending.values():
+        sent = [(number, ticket, call) for ticket in self._open for number, call in ticket.pending.items()]
+        for _, ticket, pending in sorted(sent, key=lambda each: each[0]):
             if pending.link is not link:
                 continue
             if died and pending.is_computing:
                 raise ExpertsCrashedError(
                     f"computing one of its tokens in layer {ticket.layer} has crashed the process of its experts "
                     f"twice, last shard {shard}'s",
-                    row=int(ticket.token_of(pending.places[0])),
+                    row=ticket.first_row + int(ticket.token_of(pending.places[0])),
                 )
             pending.link, pending.crashed, died = None, died, False

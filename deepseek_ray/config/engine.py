@@ -48,6 +48,9 @@ class EngineConfig(FrozenConfig):
     the failures; False takes torch's operators, which may part at near-ties."""
     prefix_caching: bool = True
     """Keep the latents of computed tokens until their room is needed, for sequences that begin with the same tokens."""
+    micro_batches: int = Field(default=1, ge=1, le=8)
+    """Parts of a step of which one is with the experts while another is with attention; 3 or 4 hide experts and network
+    where the shards are on nodes of their own and steps are large. Each part reads the weights once more."""
     speculative: SpeculativeConfig | None = None
     """Guess tokens and check several in one step; None computes one token of each sequence at a time."""
     seed: int = 0

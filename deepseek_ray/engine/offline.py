@@ -81,6 +81,7 @@ class LocalBackend(OfflineBackend):
             device=attention_device,
             quantization=bits,
             with_mtp=config.engine.uses_mtp,
+            micro_batches=config.engine.micro_batches,
         )
         self._engine: Engine | None = Engine(decoder, self.tokenizer, config.engine)
         self.vocab_size = self._engine.vocab_size

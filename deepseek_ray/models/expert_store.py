@@ -161,7 +161,7 @@ class LocalExperts(ExpertBackend):
         self._store = store
         self.device = store.device
 
-    def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor) -> Tensor:
+    def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor, first_row: int = 0) -> Tensor:
         tokens, top_k = expert_ids.shape
         token_rows = torch.arange(tokens, device=self.device).repeat_interleave(top_k)
         rows = self._store.run(layer, hidden, token_rows, expert_ids.flatten())

@@ -9,8 +9,9 @@ Letters: T tokens of the step, H heads, R kv_lora_rank, P qk_rope_head_dim.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,14 +45,17 @@ class PagedDecoder:
         device: torch.device | str = "cpu",
         quantization: Quantization | None = None,
         with_mtp: bool = False,
+        micro_batches: int = 1,
     ) -> None:
         """`kernels` must be able to compute on `device`. `quantization`: linear layers of fewer bits than `dtype`, but
         for the gates and the two parts of kv_b_proj, which are small and decide much. `with_mtp`: the checkpoint's
-        first multi-token-prediction layer, too, for `guess`."""
+        first multi-token-prediction layer, too, for `guess`. `micro_batches`: parts of a step, of which one is with the
+        experts while another one is here."""
         self.config: ModelConfig = reader.config
         self.dtype = dtype
         self.device = torch.device(device)
         weights = DecoderWeights(reader, dtype, kernels or default_kernels(), self.device, quantization)
+        self._micro_batches = micro_batches
         self._kernels = weights.kernels
         self._embedding = weights.plain("model.embed_tokens.weight")
         self._layers = []
@@ -103,15 +107,34 @@ class PagedDecoder:
             normed = self._kernels.rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
             mixed = self._mtp.mix(batch.token_ids, normed)
             own = cache.layer(self.config.num_hidden_layers)
-            mixed = self._mtp.layer.forward(mixed, *self._rotation(batch), batch, own, cache.block_size)
+            mixed = self._mtp.layer.begin(mixed, *self._rotation(batch), batch, own, cache.block_size).end()
             return self._logits(mixed[batch.logit_rows], self._mtp.norm, self._mtp.head).argmax(dim=1)
 
     def _decode(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
-        cos, sin = self._rotation(batch)
-        hidden = self._embedding[batch.token_ids]
+        """The last layer's output. Micro-batches take turns (MegaScale-Infer, arXiv 2504.02263, section 4.1): each goes
+        on to the next layer when its experts have answered, while those of the others are computed.
+
+        The first ones come first in every layer, so a token finds the latents of those before it in its sequence.
+        """
+        parts = self._parts(batch)
+        rotations = [self._rotation(part) for _, part in parts]
+        hidden = [self._embedding[part.token_ids] for _, part in parts]
+        begun: list[_Begun] = []
         for index, layer in enumerate(self._layers):
-            hidden = layer.forward(hidden, cos, sin, batch, cache.layer(index), cache.block_size)
-        return hidden
+            latents = cache.layer(index)
+            for place, (first_row, part) in enumerate(parts):
+                if index:
+                    hidden[place] = begun.pop(0).end()
+                begun.append(layer.begin(hidden[place], *rotations[place], part, latents, cache.block_size, first_row))
+        return torch.cat([each.end() for each in begun])
+
+    def _parts(self, batch: PagedBatch) -> list[tuple[int, PagedBatch]]:
+        """Place of the first row, and the micro-batch."""
+        count = max(1, min(self._micro_batches, batch.num_tokens))
+        if count == 1:
+            return [(0, batch)]
+        edges = [batch.num_tokens * place // count for place in range(count + 1)]
+        return [(first, batch.part(first, last)) for first, last in itertools.pairwise(edges)]
 
     def _rotation(self, batch: PagedBatch) -> tuple[Tensor, Tensor]:
         return self._cos[batch.positions], self._sin[batch.positions]
@@ -134,13 +157,32 @@ class _Layer:
         else:
             self._mlp = _Mlp(f"{prefix}.mlp", weights)
 
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PagedBatch, latents: Tensor, block_size: int
-    ) -> Tensor:
+    def begin(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: PagedBatch,
+        latents: Tensor,
+        block_size: int,
+        first_row: int = 0,
+    ) -> _Begun:
+        """Everything up to the routed experts, which are asked; the rest is the result's `end`."""
         normed = self._kernels.rms_norm(hidden, self._input_norm, self._eps)
         hidden = hidden + self._attention.forward(normed, cos, sin, batch, latents, block_size)
         normed = self._kernels.rms_norm(hidden, self._post_norm, self._eps)
-        return hidden + self._mlp.forward(normed)
+        return _Begun(hidden, self._mlp.begin(normed, first_row))
+
+
+class _Begun(NamedTuple):
+    """A layer whose experts are at work."""
+
+    hidden: Tensor
+    output: Callable[[], Tensor]
+    """Waits for what is to be added to `hidden`."""
+
+    def end(self) -> Tensor:
+        return self.hidden + self.output()
 
 
 class _MtpLayer:
@@ -247,6 +289,10 @@ class _Mlp:
         self._gate_up = weights.linear(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
         self._down = weights.linear(f"{prefix}.down_proj.weight")
 
+    def begin(self, hidden: Tensor, first_row: int) -> Callable[[], Tensor]:
+        output = self.forward(hidden)
+        return lambda: output
+
     def forward(self, hidden: Tensor) -> Tensor:
         gated = self._kernels.silu_mul(self._kernels.linear(hidden, self._gate_up))
         return self._kernels.linear(gated, self._down)
@@ -267,17 +313,20 @@ class _Moe:
         self._bias = weights.bias(f"{prefix}.gate.e_score_correction_bias")
         self._shared = _Mlp(f"{prefix}.shared_experts", weights) if config.n_shared_experts else None
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def begin(self, hidden: Tensor, first_row: int) -> Callable[[], Tensor]:
+        """Ask the experts; the result waits for them."""
         logits = self._kernels.linear(hidden, self._gate, torch.float32)
         scores = self._kernels.scores(logits, self._config.scoring_func)
         expert_ids, slot_weights = choose_experts(scores, self._bias, self._config)
         there = self._experts.device
-        ticket = self._experts.dispatch(self._layer, hidden.to(there), expert_ids.to(there))
-        if self._shared is None or self._experts.uses_our_cores(ticket):
-            routed = self._combine(ticket, slot_weights, hidden)
-            return routed if self._shared is None else routed + self._shared.forward(hidden)
-        shared = self._shared.forward(hidden)
-        return self._combine(ticket, slot_weights, hidden) + shared
+        ticket = self._experts.dispatch(self._layer, hidden.to(there), expert_ids.to(there), first_row)
+        if self._shared is None:
+            return lambda: self._combine(ticket, slot_weights, hidden)
+        if self._experts.uses_our_cores(ticket):
+            shared = self._shared.forward
+            return lambda: self._combine(ticket, slot_weights, hidden) + shared(hidden)
+        output = self._shared.forward(hidden)
+        return lambda: self._combine(ticket, slot_weights, hidden) + output
 
     def _combine(self, ticket: Any, slot_weights: Tensor, hidden: Tensor) -> Tensor:
         rows = self._experts.combine(ticket).to(hidden.device)

@@ -26,10 +26,11 @@ class ExpertBackend(ABC):
     """Where `dispatch` wants its tensors and `combine` leaves its own."""
 
     @abstractmethod
-    def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor) -> Any:
+    def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor, first_row: int = 0) -> Any:
         """Start the work of one layer and return a ticket for `combine`.
 
-        hidden: [T, H] in model dtype; expert_ids: [T, K] int64, ids of `layer`'s logical experts.
+        hidden: [T, H] in model dtype; expert_ids: [T, K] int64, ids of `layer`'s logical experts; first_row: place of
+        the first of the rows in the step's batch, for errors that name one.
         """
 
     def uses_our_cores(self, ticket: Any) -> bool:

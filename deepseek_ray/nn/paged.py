@@ -32,6 +32,17 @@ class PagedBatch:
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
+    def part(self, first: int, last: int) -> PagedBatch:
+        """The tokens from `first` on, before `last`, without wishes for logits."""
+        return PagedBatch(
+            self.token_ids[first:last],
+            self.positions[first:last],
+            self.slots[first:last],
+            self.sequence_rows[first:last],
+            self.block_tables,
+            self.logit_rows[:0],
+        )
+
     def to(self, device: torch.device) -> PagedBatch:
         return PagedBatch(*(getattr(self, name.name).to(device, non_blocking=True) for name in fields(self)))
 

@@ -200,3 +200,46 @@ def test_an_older_table_does_not_replace_a_newer_one(shards: Shards) -> None:
     newest = shards.directory.version
     shards.directory.update(RoutingTable(0, 99, PLACEMENT), {})
     assert shards.directory.version == newest
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_several_calls_are_on_their_way_at_once(
+    shards: Shards, reader: CheckpointReader, order: tuple[int, ...]
+) -> None:
+    """Micro-batches: answers to one come while another one is waited for."""
+    backend = shards.backend()
+    works = [work(5 + seed, seed) for seed in range(3)]
+    tickets = [backend.dispatch(LAYER, *each) for each in works]
+    for place in order:
+        assert torch.equal(backend.combine(tickets[place]), local_rows(reader, *works[place]))
+    assert backend.num_frames_resent == 0
+    backend.close()
+
+
+def test_all_calls_on_their_way_go_to_the_next_process_of_a_lost_shard(
+    shards: Shards, reader: CheckpointReader
+) -> None:
+    backend = shards.backend()
+    works = [work(9, seed) for seed in range(3)]
+    shards.answers[1].clear()
+    tickets = [backend.dispatch(LAYER, *each) for each in works]
+    shards.restart(1)
+    for ticket, each in zip(tickets, works, strict=True):
+        assert torch.equal(backend.combine(ticket), local_rows(reader, *each))
+    assert backend.num_frames_resent >= 3
+    backend.close()
+
+
+def test_a_step_that_is_given_up_waits_for_none_of_its_calls(shards: Shards, reader: CheckpointReader) -> None:
+    ended = threading.Event()
+    backend = shards.backend(interrupted=ended.is_set)
+    shards.answers[1].clear()
+    hidden, ids = work(9)
+    first, _ = (backend.dispatch(LAYER, hidden, ids) for _ in range(2))
+    ended.set()
+    with pytest.raises(StepInterruptedError):
+        backend.combine(first)
+    shards.answers[1].set()
+    ended.clear()
+    assert torch.equal(backend.combine(backend.dispatch(LAYER, hidden, ids)), local_rows(reader, hidden, ids))
+    backend.close()

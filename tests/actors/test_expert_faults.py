@@ -78,6 +78,30 @@ def test_a_token_that_crashes_shards_is_found_after_two_crashes(
         shards.end(shard)
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_of_several_calls_the_one_with_the_token_is_named(reader: CheckpointReader, bad: int) -> None:
+    """Two micro-batches; the row counts from the beginning of the step, whichever of them is waited for."""
+    shards = Shards(reader, torch.float32, "auto", BOTH, poison=666.0)
+    shards.crashed = shards.restart
+    backend = shards.backend()
+    works = [work(5), work(4, seed=1)]
+    works[bad][0][3, 7] = 666.0
+
+    def run() -> None:
+        tickets = [backend.dispatch(LAYER, *each, first_row=5 * place) for place, each in enumerate(works)]
+        for ticket in tickets:
+            backend.combine(ticket)
+
+    with pytest.raises(ExpertsCrashedError) as e:
+        run()
+    assert e.value.row == 5 * bad + 3
+    good = works[1 - bad]
+    assert torch.equal(backend.combine(backend.dispatch(LAYER, *good)), local_rows(reader, *good))
+    backend.close()
+    for shard in range(2):
+        shards.end(shard)
+
+
 def test_a_token_is_not_to_blame_when_it_waits_for_its_turn(shards: Shards, reader: CheckpointReader) -> None:
     """The shard dies twice, the second time over another worker's token while this one's wait."""
     backend = shards.backend()

@@ -46,12 +46,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def make_decoder(
-    directory: Path, dtype: torch.dtype, kernels: Kernels | None = None, quantization: Quantization | None = None
+    directory: Path,
+    dtype: torch.dtype,
+    kernels: Kernels | None = None,
+    quantization: Quantization | None = None,
+    micro_batches: int = 1,
 ) -> PagedDecoder:
     reader = CheckpointReader(directory)
     held = {layer: range(reader.config.n_routed_experts) for layer in reader.config.moe_layers}
     store = ExpertStore(reader, held, dtype, kernels, quantization=quantization)
-    return PagedDecoder(reader, dtype, LocalExperts(store), kernels, quantization=quantization)
+    return PagedDecoder(
+        reader, dtype, LocalExperts(store), kernels, quantization=quantization, micro_batches=micro_batches
+    )
 
 
 class Runner:
@@ -146,6 +152,46 @@ def test_bits_do_not_depend_on_chunks_or_neighbours(
     first = mixed.step([(1, b[:9], 0), (0, a[:13], 0)])[1]
     second = mixed.step([(0, a[13:], 13), (1, b[9:], 9)])[0]
     assert torch.equal(torch.cat([first, second]), alone)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 8])
+def test_bits_do_not_depend_on_micro_batches(tmp_path: Path, micro_batches: int) -> None:
+    """Borders fall between sequences and within them; a step may have fewer tokens than there are parts."""
+    directory = write_random_checkpoint(tmp_path / "model", tiny_config())
+    steps = [
+        [(1, prompt(9, seed=2), 0), (0, prompt(13, seed=1), 0)],
+        [(0, [7], 13), (1, prompt(6, seed=3), 9)],
+        [(0, [3], 14)],
+    ]
+    whole, parts = (
+        Runner(make_decoder(directory, torch.float32, micro_batches=count), 2) for count in (1, micro_batches)
+    )
+    for step in steps:
+        for expected, logits in zip(whole.step(step), parts.step(step), strict=True):
+            assert torch.equal(logits, expected)
+
+
+def test_a_micro_batch_is_with_the_experts_while_another_one_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_random_checkpoint(tmp_path / "m", tiny_config(num_hidden_layers=3))
+    decoder = make_decoder(directory, torch.float32, micro_batches=2)
+    told: list[str] = []
+    dispatch, combine = LocalExperts.dispatch, LocalExperts.combine
+
+    def tell_dispatch(self: LocalExperts, layer: int, *arguments: Any) -> torch.Tensor:
+        told.append(f"ask {layer} from row {arguments[2]}")
+        return dispatch(self, layer, *arguments)
+
+    def tell_combine(self: LocalExperts, ticket: torch.Tensor) -> torch.Tensor:
+        told.append("take")
+        return combine(self, ticket)
+
+    monkeypatch.setattr(LocalExperts, "dispatch", tell_dispatch)
+    monkeypatch.setattr(LocalExperts, "combine", tell_combine)
+    Runner(decoder, 1).step([(0, prompt(5), 0)])
+    first, second = ["ask 1 from row 0", "ask 1 from row 2"], ["ask 2 from row 0", "ask 2 from row 2"]
+    assert told == [*first, "take", second[0], "take", second[1], "take", "take"]
 
 
 def test_zeroing_an_expert_changes_the_logits(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deepseek_ray.actors.record import NAMESPACE, DeploymentRecord, actor_name, delete_record, read_plan
 from deepseek_ray.actors.shells import AttentionWorkerActor, ExpertShardActor
@@ -30,12 +29,13 @@ def create_router(config: DeploymentConfig) -> Any:
     """The router's handle; an existing router of the deployment is joined.
 
     It runs beside the cluster's own head if it can: nothing works without that one, so no other node's loss, and no
-    network between them, comes into it.
+    network between them, comes into it. (Ray takes a soft node affinity of an actor without resources for a hint: half
+    of them land elsewhere. The label of the node is kept to.)
     """
     from deepseek_ray.actors.router import Router
 
     head = next((node["NodeID"] for node in ray.nodes() if _HEAD_RESOURCE in node["Resources"]), None)
-    place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
+    place = on_node(head, {}) if head else {}
     arguments = (config.name,)
     return _create(Router, config.name, "router", 0, threads=1, arguments=arguments, max_concurrency=1000, **place)
 
@@ -71,7 +71,12 @@ def _place(config: DeploymentConfig, role: Role, id: int) -> dict[str, Any]:
     nodes = sorted(node["NodeID"] for node in _nodes_with(labels))
     if len(nodes) < 2:
         return {"label_selector": labels or None}
-    own = {**labels, _NODE_LABEL: nodes[id % len(nodes)]}
+    return on_node(nodes[id % len(nodes)], labels)
+
+
+def on_node(node_id: str, labels: dict[str, str]) -> dict[str, Any]:
+    """Options that put an actor on a node with these labels, or if that falls, on any other one with them."""
+    own = {**labels, _NODE_LABEL: node_id}
     return {"label_selector": own, "fallback_strategy": [{"label_selector": labels}]}
 
 

@@ -6,12 +6,13 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from deepseek_ray.actors.launch import missing_labels
+from deepseek_ray.actors.launch import missing_labels, on_node
 from deepseek_ray.actors.offline import ActorsBackend
 from deepseek_ray.config.engine import DeploymentConfig
 from tests.live_requests import Watched, assert_unharmed, expected_tokens, pid_of, row_of, wait_for
@@ -60,6 +61,7 @@ def test_members_run_where_their_labels_say_and_the_loss_of_a_node_costs_no_toke
     backend = ActorsBackend(config)
     try:
         head = nodes.head_node.node_id
+        assert row_of(backend, "router")["node_id"] == head
         assert row_of(backend, "attention_worker")["node_id"] == head
         shards = [row_of(backend, "expert_shard", id)["node_id"] for id in range(2)]
         assert head not in shards
@@ -78,6 +80,18 @@ def test_members_run_where_their_labels_say_and_the_loss_of_a_node_costs_no_toke
         assert row_of(backend, "expert_shard", 0)["restarts"] == 1
     finally:
         backend.shutdown()
+
+
+def test_actors_without_resources_are_put_on_the_node_that_is_named(nodes: Cluster) -> None:
+    """As the router is on the head. Ray's soft node affinity puts half of them elsewhere."""
+
+    class Somewhere:
+        def node(self) -> str:
+            return ray.get_runtime_context().get_node_id()
+
+    head = nodes.head_node.node_id
+    actors: list[Any] = [ray.remote(Somewhere).options(num_cpus=0, **on_node(head, {})).remote() for _ in range(8)]
+    assert set(ray.get([actor.node.remote() for actor in actors])) == {head}
 
 
 def test_labels_that_no_node_has_are_named(nodes: Cluster) -> None:

@@ -94,13 +94,22 @@ class Member:
         self._obey(directive)
 
     def _leave_if_orphaned(self, error: Exception) -> None:
+        """A router that does not answer is stopped, or Ray has not yet seen that it died: as long as the cluster can be
+        asked and knows the deployment, everybody goes on. One that no longer exists is waited for a while."""
         away = time.monotonic() - self._last_answer
-        if away > self._record.config.orphan_timeout_seconds:
-            logger.warning("no router for %.0f s (%s); leaving", away, error)
-            self.leave()
-        record = read_record(self._name)
+        is_late = away > self._record.config.orphan_timeout_seconds
+        try:
+            record = read_record(self._name)
+        except Exception as unreachable:
+            if is_late:
+                logger.warning("neither router nor cluster for %.0f s (%s); leaving", away, unreachable)
+                self.leave()
+            return
         if record is None or record.instance != self._record.instance:
             logger.info("deployment %s is gone; leaving", self._name)
+            self.leave()
+        if is_late and isinstance(error, ValueError):
+            logger.warning("no router for %.0f s (%s); leaving", away, error)
             self.leave()
 
     def leave(self) -> None:

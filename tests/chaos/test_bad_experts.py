@@ -76,9 +76,9 @@ def last_row(model: Path, prompt: str, monkeypatch: pytest.MonkeyPatch) -> torch
     seen: list[torch.Tensor] = []
     dispatch = LocalExperts.dispatch
 
-    def remember(self: LocalExperts, layer: int, hidden: torch.Tensor, expert_ids: torch.Tensor) -> Any:
+    def remember(self: LocalExperts, layer: int, hidden: torch.Tensor, *others: Any) -> Any:
         seen.append(hidden.clone())
-        return dispatch(self, layer, hidden, expert_ids)
+        return dispatch(self, layer, hidden, *others)
 
     with monkeypatch.context() as patch, LLM(model, dtype="float32") as llm:
         patch.setattr(LocalExperts, "dispatch", remember)

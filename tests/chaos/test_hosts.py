@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import msgspec
 import psutil
@@ -83,7 +84,8 @@ def test_a_cut_cable_ends_links_soon_and_blames_no_process(hosts: Hosts, peer: E
     with dial(peer) as busy, dial(peer) as idle, ThreadPoolExecutor(2) as threads:
         hosts.cut(1)
         try:
-            busy.send(Frame(FrameKind.MESSAGE, b"y"))
+            with suppress(LinkLostError):  # on a busy machine the kernel may know already
+                busy.send(Frame(FrameKind.MESSAGE, b"y"))
             ends = list(threads.map(until_the_end, (busy, idle)))
         finally:
             hosts.heal(1)

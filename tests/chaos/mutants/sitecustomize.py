@@ -41,9 +41,10 @@ def combine_in_arrival_order(module: ModuleType) -> None:
     take, dispatch = module.RemoteExperts._take, module.RemoteExperts.dispatch
     arrived: list[Any] = []
 
-    def remember(self: Any, ticket: Any, frame: Any) -> None:
+    def remember(self: Any, frame: Any) -> None:
+        (ticket,) = self._open
         pending = ticket.pending.get(frame.sequence)
-        take(self, ticket, frame)
+        take(self, frame)
         if pending is not None and frame.sequence not in ticket.pending:
             arrived.append(pending.call.places)
 

@@ -93,13 +93,8 @@ def _command(system: str, model_dir: Path, threads: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
-    options = parser.parse_args()
-    systems = [name for name in options.systems if name not in PEERS or is_there(PEERS[name])]
-    result = measure(systems, options.rounds, options.threads)
+    options = read_options(__doc__, SYSTEMS)
+    result = measure(options.systems, options.rounds, options.threads)
     for row in result["rows"]:
         print(
             f"{row['system']:>12}  {row['sequences']:>2} sequences  prefill {row['prefill_tokens_per_second']:7.1f}  "
@@ -107,6 +102,17 @@ def main() -> None:
         )
     path = write_results("generation", result)
     plot(result["rows"], result["roofline_step_milliseconds"], path.with_suffix(".png"))
+
+
+def read_options(description: str | None, systems: Sequence[str]) -> argparse.Namespace:
+    """`rounds`, `threads` and `systems` of the command line, less the peers that are not installed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
+    options = parser.parse_args()
+    options.systems = [name for name in options.systems if name not in PEERS or is_there(PEERS[name])]
+    return options
 
 
 def measure(systems: Sequence[str], rounds: int, threads: int) -> dict[str, Any]:

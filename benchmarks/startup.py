@@ -9,7 +9,6 @@ proportional share (PSS) of all its processes, mapped files included. Systems ta
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
@@ -19,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.bench_model import bench_mini_dir
-from benchmarks.generation import PEERS, Driver
-from benchmarks.peers.environments import is_there
+from benchmarks.generation import Driver, read_options
 from benchmarks.results_file import write_results
 from deepseek_ray.kernels.native import cache_directory
 
@@ -29,17 +27,12 @@ SYSTEMS = ("transformers", "llama.cpp", "vllm", "local", "local, packed", "actor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
-    options = parser.parse_args()
-    systems = [name for name in options.systems if name not in PEERS or is_there(PEERS[name])]
+    options = read_options(__doc__, SYSTEMS)
     with _packed() as packed:
         _start("local", packed, options.threads)  # writes the files, and reads the checkpoint into the page cache
-        samples: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
+        samples: dict[str, list[dict[str, float]]] = {system: [] for system in options.systems}
         for number in range(options.rounds):
-            for system in systems:
+            for system in options.systems:
                 samples[system].append(_measure(system, packed, options.threads))
                 print(f"round {number + 1}: {system}: {samples[system][-1]}", flush=True)
     rows = [

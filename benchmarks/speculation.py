@@ -1,10 +1,10 @@
-"""What guessing tokens brings: how many guesses are right, and how much faster decoding gets.
+"""What drafting tokens brings: how many drafts are right, and how much faster decoding gets.
 
     python -m benchmarks.speculation [--rounds 5]
 
 The quickstart model, trained with a multi-token-prediction layer (once, into runs/mtp), continues source text that it
-was not trained on, in turns without guesses, with that layer's and with n-grams. What a guess costs a large model is
-measured with bench-mini, whose weights are random and whose guesses are made from what it is known to say: all right,
+was not trained on, in turns without drafts, with that layer's and with n-grams. What a draft costs a large model is
+measured with bench-mini, whose weights are random and whose drafts are made from what it is known to say: all right,
 or all wrong. What lies between is a straight line.
 """
 
@@ -27,7 +27,7 @@ from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.offline import LocalBackend
 from deepseek_ray.engine.scheduler import ScheduledStep
-from deepseek_ray.engine.speculation import Speculator, can_guess
+from deepseek_ray.engine.speculation import Speculator, can_draft
 from deepseek_ray.messages import GenerateRequest, SamplingParams
 
 SEQUENCES = (1, 8)
@@ -41,14 +41,14 @@ _MINI_PROMPT, _MINI_OUTPUT = 32, 32
 
 
 class Known(Speculator):
-    """Guesses one token from outputs that are known: right, or wrong."""
+    """Drafts one token from outputs that are known: right, or wrong."""
 
     def __init__(self, outputs: dict[str, list[int]], right: bool) -> None:
         self._outputs, self._right = outputs, right
 
-    def guess(self, step: ScheduledStep) -> None:
+    def draft(self, step: ScheduledStep) -> None:
         for sequence in (item.sequence for item in step.items):
-            if can_guess(sequence):
+            if can_draft(sequence):
                 done = sequence.num_output_tokens
                 coming = self._outputs[sequence.request.request_id][done : done + 1]
                 sequence.draft_token_ids = coming if self._right else [(token + 1) % 1000 for token in coming]
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measure_trained(model_dir: Path, rounds: int) -> list[dict[str, Any]]:
-    """One row per method and number of sequences: tokens/s (median of rounds), share of guesses that were right."""
+    """One row per method and number of sequences: tokens/s (median of rounds), share of drafts that were right."""
     prompts = held_out(model_dir, 100 * 256)[:, :_PROMPT_TOKENS].tolist()
     engines = {
         method: _engine(DeploymentConfig.parse({"model_dir": str(model_dir), "engine": {"speculative": how}}, "engine"))
@@ -84,19 +84,19 @@ def measure_trained(model_dir: Path, rounds: int) -> list[dict[str, Any]]:
                     rates[method].append(rate)
                     drafts[method] += after.num_draft_tokens - before.num_draft_tokens
                     accepted[method] += after.num_accepted_tokens - before.num_accepted_tokens
-            assert outputs["mtp"] == outputs["none"] == outputs["ngram"], "guessing has changed an output"
+            assert outputs["mtp"] == outputs["none"] == outputs["ngram"], "drafting has changed an output"
         for method in METHODS:
             rate = statistics.median(rates[method])
             right = accepted[method] / drafts[method] if drafts[method] else None
             share = drafts[method] / (rounds * count * (_OUTPUT_TOKENS - 1))
             row = {"sequences": count, "method": method, "tokens_per_second": rate, "right": right}
-            rows.append({**row, "guesses_per_token": share, "against_none": rate / statistics.median(rates["none"])})
+            rows.append({**row, "drafts_per_token": share, "against_none": rate / statistics.median(rates["none"])})
             print(rows[-1], flush=True)
     return rows
 
 
 def measure_cost(rounds: int) -> list[dict[str, Any]]:
-    """One row per number of sequences: tokens/s of bench-mini without guesses, all right, and all wrong."""
+    """One row per number of sequences: tokens/s of bench-mini without drafts, all right, and all wrong."""
     engine = _engine(DeploymentConfig(model_dir=str(bench_mini_dir())))
     rows = []
     for count in SEQUENCES:
@@ -105,9 +105,9 @@ def measure_cost(rounds: int) -> list[dict[str, Any]]:
         rates: dict[str, list[float]] = {"none": [], "right": [], "wrong": []}
         for _ in range(rounds):
             for kind, values in rates.items():
-                with _guessing(engine, None if kind == "none" else Known(known, kind == "right")):
+                with _drafting(engine, None if kind == "none" else Known(known, kind == "right")):
                     rate, outputs = decode(engine, _requests(prompts, _MINI_OUTPUT))
-                assert outputs == known, "guessing has changed an output"
+                assert outputs == known, "drafting has changed an output"
                 values.append(rate)
         medians = {kind: statistics.median(values) for kind, values in rates.items()}
         rows.append({"sequences": count, "tokens_per_second": medians})
@@ -157,7 +157,7 @@ def _engine(config: DeploymentConfig) -> Engine:
 
 
 @contextmanager
-def _guessing(engine: Engine, speculator: Speculator | None) -> Iterator[None]:
+def _drafting(engine: Engine, speculator: Speculator | None) -> Iterator[None]:
     engine._speculator = speculator
     yield
     engine._speculator = None

@@ -72,7 +72,7 @@ class LLM:
         `deterministic`: the output does not depend on the batch, the shards or a failure; False is torch's own speed.
         `quantization`: "int8" or "int4" keeps experts and linear layers in a half or a quarter of bfloat16's memory.
         `attention_device`, `expert_device`: "cpu" or "cuda", each for itself; "cuda" needs `deterministic=False`.
-        `speculative`: "mtp" or "ngram" guesses up to `num_speculative_tokens` tokens, which one step then checks; what
+        `speculative`: "mtp" or "ngram" drafts up to `num_speculative_tokens` tokens, which one step then checks; what
         comes out stays the same.
         """
         self._backend: OfflineBackend | None = None

@@ -114,7 +114,7 @@ _ALL = (
         (
             "vllm_spec_decode_num_draft_tokens_total",
             "tokens",
-            "Guesses that were computed with a sequence's last token; none unless engine.speculative is set.",
+            "Drafts that were computed with a sequence's last token; none unless engine.speculative is set.",
         ),
         ("vllm_spec_decode_num_accepted_tokens_total", "tokens", "Of these, the ones that were right."),
         ("moe_kv_blocks_sent_total", "blocks", "Full cache blocks sent to the worker that keeps copies of them."),

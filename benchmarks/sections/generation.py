@@ -108,20 +108,20 @@ def quantization_section(result: dict[str, Any]) -> str:
 
 
 def speculation_section(result: dict[str, Any]) -> str:
-    """Guesses of a trained model, and what a guess costs a large one."""
+    """Drafts of a trained model, and what a draft costs a large one."""
     lines = [
-        "## Guessing tokens",
+        "## Speculative decoding",
         "",
         "The quickstart model, trained with a multi-token-prediction layer, continues source text that it was not "
         f"trained on; {measured_on(result)}, medians of {result['rounds']} rounds in turns (`{result['file']}`). "
-        "Outputs are the same with and without guesses.",
+        "Outputs are the same with and without drafts.",
         "",
-        "| sequences | guesses by | right | tokens/s | against none |",
+        "| sequences | drafts by | right | tokens/s | against none |",
         "|---|---|---|---|---|",
     ]
     for row in result["trained"]:
         right = (
-            "-" if row["right"] is None else f"{100 * row['right']:.0f} % of {row['guesses_per_token']:.2f} per token"
+            "-" if row["right"] is None else f"{100 * row['right']:.0f} % of {row['drafts_per_token']:.2f} per token"
         )
         lines.append(
             f"| {row['sequences']} | {row['method']} | {right} | {row['tokens_per_second']:.0f} "
@@ -129,15 +129,15 @@ def speculation_section(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "bench-mini with guesses that are all right or all wrong (without the cost of making them): what lies between "
+        "bench-mini with drafts that are all right or all wrong (without the cost of making them): what lies between "
         "is a straight line.",
         "",
-        "| sequences | tokens/s without | all right | all wrong | right guesses that pay |",
+        "| sequences | tokens/s without | all right | all wrong | right drafts that pay |",
         "|---|---|---|---|---|",
     ]
     for row in result["cost"]:
         none, right, wrong = (row["tokens_per_second"][kind] for kind in ("none", "right", "wrong"))
-        # A step costs 1 / wrong whatever is guessed; with a share a of right ones it gives 1 + a tokens.
+        # A step costs 1 / wrong whatever is drafted; with a share a of right ones it gives 1 + a tokens.
         least = max(0.0, none / wrong - 1)
         lines.append(
             f"| {row['sequences']} | {none:.1f} | {right / none:.2f}x | {wrong / none:.2f}x | {100 * least:.0f} % |"

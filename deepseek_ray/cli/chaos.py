@@ -47,7 +47,7 @@ def chaos(
     max_tokens: Annotated[int, typer.Option(help="Tokens of each stream.", min=8)] = 80,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "float32",
     speculative: Annotated[
-        str | None, typer.Option(help="Let the struck engines guess tokens: mtp or ngram.", show_default="none")
+        str | None, typer.Option(help="Let the struck engines draft tokens: mtp or ngram.", show_default="none")
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses targets and times.")] = 0,
     deadline: Annotated[float, typer.Option(help="Seconds that each request may take.", min=1)] = 300.0,

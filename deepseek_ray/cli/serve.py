@@ -56,13 +56,13 @@ def serve(
     speculative: Annotated[
         str | None,
         typer.Option(
-            help="Guess tokens and check several in one step: mtp (the model's multi-token-prediction layer) or ngram "
+            help="Draft tokens and check several in one step: mtp (the model's multi-token-prediction layer) or ngram "
             "(what followed before). The output stays the same.",
             show_default="none",
         ),
     ] = None,
     num_speculative_tokens: Annotated[
-        int, typer.Option(help="Most tokens guessed at once; 1 for mtp.")
+        int, typer.Option(help="Most tokens drafted at once; 1 for mtp.")
     ] = SpeculativeConfig.model_fields["num_tokens"].default,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = _default("dtype"),
     quantization: Annotated[

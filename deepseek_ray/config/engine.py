@@ -13,18 +13,18 @@ InferenceDtype = Literal["float32", "bfloat16"]
 
 
 class SpeculativeConfig(FrozenConfig):
-    """Guesses of the next tokens that the model checks in one step; what it gives stays the same, see
+    """Drafts of the next tokens that the model checks in one step; what it gives stays the same, see
     `engine/speculation.py`."""
 
     method: Literal["mtp", "ngram"]
     """"mtp" asks the checkpoint's multi-token-prediction layer, "ngram" takes what followed the last tokens before."""
     num_tokens: int = Field(default=1, ge=1, le=32)
-    """Most tokens guessed at once; the multi-token-prediction layer guesses one."""
+    """Most tokens drafted at once; the multi-token-prediction layer drafts one."""
 
     @model_validator(mode="after")
     def _check_depth(self) -> Self:
         if self.method == "mtp" and self.num_tokens != 1:
-            raise ValueError(f"num_tokens is {self.num_tokens} and method mtp, which guesses one token; set it to 1")
+            raise ValueError(f"num_tokens is {self.num_tokens} and method mtp, which drafts one token; set it to 1")
         return self
 
 
@@ -52,7 +52,7 @@ class EngineConfig(FrozenConfig):
     """Parts of a step of which one is with the experts while another is with attention; 3 or 4 hide experts and network
     where the shards are on nodes of their own and steps are large. Each part reads the weights once more."""
     speculative: SpeculativeConfig | None = None
-    """Guess tokens and check several in one step; None computes one token of each sequence at a time."""
+    """Draft tokens and check several in one step; None computes one token of each sequence at a time."""
     seed: int = 0
     """Seed of requests that bring none (mixed with the request id)."""
 
@@ -150,7 +150,8 @@ class DeploymentConfig(FrozenConfig):
     drain_seconds: float = Field(default=30.0, ge=0)
     """How long an attention worker that leaves may finish what it has; then its sequences go on elsewhere."""
     orphan_timeout_seconds: float = Field(default=30.0, gt=0)
-    """Actors exit when neither router nor owner was seen for this long."""
+    """The router ends a deployment whose owners were not heard for this long, and its actors exit when the router no
+    longer exists, or the cluster cannot be asked, for this long."""
     request_timeout_seconds: float = Field(default=600.0, gt=0)
     """Deadline of a request that brings none; also the longest a request may ask for."""
     engine: EngineConfig = EngineConfig()

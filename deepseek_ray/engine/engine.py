@@ -19,7 +19,7 @@ from deepseek_ray.engine.generation import Generation
 from deepseek_ray.engine.grammar import Grammars
 from deepseek_ray.engine.kv_blocks import CachePlan, KVBlocks, plan_cache
 from deepseek_ray.engine.requests import check_needs_no_tokenizer, check_request, max_output_tokens, sampling_seed
-from deepseek_ray.engine.runner import Decoder, DecoderShape, GuessingDecoder, GuessingRunner, Runner
+from deepseek_ray.engine.runner import Decoder, DecoderShape, DraftingDecoder, DraftingRunner, Runner
 from deepseek_ray.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
 from deepseek_ray.engine.speculation import MtpSpeculator, NgramSpeculator, Speculator
 from deepseek_ray.engine.stats import EngineStats
@@ -78,7 +78,7 @@ class Engine:
         )
         self._sample = decoder.sample
         self._runner, self._speculator = _make_runner(decoder, config, plan)
-        self._unguessed: ScheduledStep | None = None  # computed, and nothing was guessed after it yet
+        self._undrafted: ScheduledStep | None = None  # computed, and nothing was drafted after it yet
         self.copies = BlockCopies(self._scheduler.blocks, self._runner.cache, self._scheduler.full_blocks)
         """The way of full blocks out of this engine and into it."""
         self._generations: dict[str, Generation] = {}
@@ -151,9 +151,9 @@ class Engine:
         if self._ended:
             events, self._ended = self._ended, []
             return events
-        if self._speculator and self._unguessed:
-            self._speculator.guess(self._unguessed)
-            self._unguessed = None
+        if self._speculator and self._undrafted:
+            self._speculator.draft(self._undrafted)
+            self._undrafted = None
         step = self._scheduler.schedule()
         if not step.items:
             return []
@@ -165,7 +165,7 @@ class Engine:
         except ExpertsCrashedError as error:
             return self._end_crashed(step, error)
         self.copies.new_blocks = self._scheduler.advance(step)
-        self._unguessed = step
+        self._undrafted = step
         events = []
         row = 0
         for item in step.items:
@@ -231,7 +231,7 @@ class Engine:
     def _end_crashed(self, step: ScheduledStep, error: ExpertsCrashedError) -> list[TokenEvent]:
         """End the request whose token crashes its experts; the others' step is repeated without it.
 
-        A guess is not the request's doing: it goes on without guesses.
+        A draft is not the request's doing: it goes on without drafts.
         """
         row = error.row
         for item in step.items:
@@ -240,8 +240,8 @@ class Engine:
             row -= item.num_rows
         generation = self._generations[item.sequence.request.request_id]
         if row >= item.num_tokens:
-            logger.error("no guesses for request %s any more: %s", generation.request.request_id, error)
-            item.sequence.may_guess, item.sequence.draft_token_ids = False, []
+            logger.error("no drafts for request %s any more: %s", generation.request.request_id, error)
+            item.sequence.may_draft, item.sequence.draft_token_ids = False, []
             return []
         logger.error("request %s is quarantined: %s", generation.request.request_id, error)
         self._remove(generation)
@@ -251,7 +251,7 @@ class Engine:
     def _take(self, generation: Generation, item: ScheduledSequence, logits: NDArray[np.float32]) -> list[TokenEvent]:
         """Hand a generation its rows of logits; its events, none while its prompt is not computed.
 
-        A guess's row counts while every guess before it was the token that was chosen.
+        A draft's row counts while every draft before it was the token that was chosen.
         """
         try:
             generation.score(logits[: len(item.scored)])
@@ -291,8 +291,8 @@ def _make_runner(decoder: Decoder, config: EngineConfig, plan: CachePlan) -> tup
     if config.speculative is None:
         return Runner(decoder, plan.num_blocks, config.block_size), None
     if config.uses_mtp:
-        assert isinstance(decoder, GuessingDecoder), "the multi-token-prediction layer was not loaded"
-        runner = GuessingRunner(decoder, plan.num_blocks, config.block_size)
+        assert isinstance(decoder, DraftingDecoder), "the multi-token-prediction layer was not loaded"
+        runner = DraftingRunner(decoder, plan.num_blocks, config.block_size)
         return runner, MtpSpeculator(runner)
     return Runner(decoder, plan.num_blocks, config.block_size), NgramSpeculator(config.speculative.num_tokens)
 

@@ -46,14 +46,14 @@ class Decoder(Protocol):
 
 
 @runtime_checkable
-class GuessingDecoder(Decoder, Protocol):
+class DraftingDecoder(Decoder, Protocol):
     """A decoder with a multi-token-prediction layer."""
 
     def forward_with_hidden(self, batch: PagedBatch, cache: LatentCache) -> tuple[Tensor, Tensor]:
         """What `forward` returns, and the last layer's output [T, hidden]."""
         ...
 
-    def guess(self, batch: PagedBatch, hidden: Tensor, cache: LatentCache) -> Tensor:
+    def draft(self, batch: PagedBatch, hidden: Tensor, cache: LatentCache) -> Tensor:
         """The likeliest token [n] int64 after each of `batch.logit_rows`; stores the layer's latents in `cache`.
 
         `batch` has the places of some tokens that were computed, and as its `token_ids` those that came after them;
@@ -72,7 +72,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> NDArray[np.float32]:
         """Logits [n, vocab_size]: for each item of the step its `scored` places, then, if it samples, its last token
-        and its guesses."""
+        and its drafts."""
         batch = make_batch(step, self.cache.block_size)
         return self._forward(batch).cpu().numpy()
 
@@ -80,21 +80,21 @@ class Runner:
         return self._decoder.forward(batch, self.cache)
 
 
-class GuessingRunner(Runner):
+class DraftingRunner(Runner):
     """Keeps what a multi-token-prediction layer needs of the last step."""
 
-    def __init__(self, decoder: GuessingDecoder, num_blocks: int, block_size: int) -> None:
+    def __init__(self, decoder: DraftingDecoder, num_blocks: int, block_size: int) -> None:
         super().__init__(decoder, num_blocks, block_size)
-        self._guessing = decoder
+        self._drafting = decoder
         self._last: tuple[PagedBatch, Tensor] | None = None
 
     def _forward(self, batch: PagedBatch) -> Tensor:
-        logits, hidden = self._guessing.forward_with_hidden(batch, self.cache)
+        logits, hidden = self._drafting.forward_with_hidden(batch, self.cache)
         self._last = batch, hidden
         return logits
 
     @torch.inference_mode()
-    def guess(self, rows: list[int], next_ids: list[int], logit_rows: list[int]) -> list[int]:
+    def draft(self, rows: list[int], next_ids: list[int], logit_rows: list[int]) -> list[int]:
         """The likeliest tokens after those of `logit_rows`, which count within `rows`.
 
         rows: tokens of the last step, those that stayed; next_ids: of each the token that came after it.
@@ -110,7 +110,7 @@ class GuessingRunner(Runner):
             block_tables=batch.block_tables,
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
-        return self._guessing.guess(after, hidden[here.to(hidden.device)], self.cache).tolist()
+        return self._drafting.draft(after, hidden[here.to(hidden.device)], self.cache).tolist()
 
 
 def make_batch(step: ScheduledStep, block_size: int) -> PagedBatch:

@@ -19,7 +19,7 @@ from deepseek_ray.errors import RequestError
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """Compute tokens `start` to `start + num_tokens` of `sequence` and guesses after them; its block table has room."""
+    """Compute tokens `start` to `start + num_tokens` of `sequence` and drafts after them; its block table has room."""
 
     sequence: Sequence
     start: int
@@ -29,11 +29,11 @@ class ScheduledSequence:
     num_found: int = 0
     """Tokens before `start` that the prefix cache had, when the sequence is admitted with this step."""
     draft_token_ids: tuple[int, ...] = ()
-    """Guesses of what comes after the sequence's last token; empty unless the step computes that one."""
+    """Drafts of what comes after the sequence's last token; empty unless the step computes that one."""
 
     @property
     def num_rows(self) -> int:
-        """Tokens to compute, guesses too."""
+        """Tokens to compute, drafts too."""
         return self.num_tokens + len(self.draft_token_ids)
 
     @property
@@ -120,7 +120,7 @@ class Scheduler:
         return full_blocks
 
     def accept(self, sequence: Sequence) -> list[NamedBlock]:
-        """A guess was right: its token has been appended, and what the step computed for it counts.
+        """A draft was right: its token has been appended, and what the step computed for it counts.
 
         Returns the block that it fills, if it does.
         """
@@ -178,14 +178,14 @@ class Scheduler:
         return budget
 
     def _add_drafts(self, step: ScheduledStep, budget: int) -> None:
-        """Give what is left of the budget to guesses: they take no sequence's turn."""
+        """Give what is left of the budget to drafts: they take no sequence's turn."""
         for place, item in enumerate(step.items):
             if budget > 0 and item.samples:
                 step.items[place] = self._with_drafts(item, budget)
                 budget -= len(step.items[place].draft_token_ids)
 
     def _with_drafts(self, item: ScheduledSequence, budget: int) -> ScheduledSequence:
-        """With as many of the sequence's guesses as budget, context and free blocks allow; nobody is preempted."""
+        """With as many of the sequence's drafts as budget, context and free blocks allow; nobody is preempted."""
         sequence = item.sequence
         room = min(budget, sequence.max_num_tokens - sequence.num_tokens - 1)
         drafts = tuple(sequence.draft_token_ids[: max(0, room)])

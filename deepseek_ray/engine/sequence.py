@@ -39,9 +39,9 @@ class Sequence:
         self.max_num_tokens = 0
         """Of prompt and output together, the most it can come to; known once it is queued."""
         self.draft_token_ids: list[int] = []
-        """Guesses of what comes after its tokens, for the next step."""
-        self.may_guess = True
-        """False once a guess has crashed the experts that computed it."""
+        """Drafts of what comes after its tokens, for the next step."""
+        self.may_draft = True
+        """False once a draft has crashed the experts that computed it."""
 
     @property
     def num_tokens(self) -> int:

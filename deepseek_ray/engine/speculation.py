@@ -1,8 +1,8 @@
-"""Guesses of the next tokens, which the next step computes beside each sequence's last token.
+"""Drafts of the next tokens, which the next step computes beside each sequence's last token.
 
-A guess that turns out to be the token that is chosen anyway - by the request's own parameters, seed and grammar, from
+A draft that turns out to be the token that is chosen anyway - by the request's own parameters, seed and grammar, from
 logits that have the bits they always have - saves a step; one that does not is forgotten. So the output is that of an
-engine that guesses nothing, sampled or greedy, and nothing is accepted "in distribution" only (Leviathan et al. 2023,
+engine that drafts nothing, sampled or greedy, and nothing is accepted "in distribution" only (Leviathan et al. 2023,
 arXiv:2211.17192, needs that because its draft model samples).
 """
 
@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from weakref import WeakKeyDictionary
 
 from deepseek_ray.config.engine import EngineConfig
-from deepseek_ray.engine.runner import GuessingRunner
+from deepseek_ray.engine.runner import DraftingRunner
 from deepseek_ray.engine.scheduler import ScheduledStep
 from deepseek_ray.engine.sequence import Sequence, SequenceStatus
 from deepseek_ray.errors import ConfigError, ExpertsCrashedError
@@ -22,12 +22,12 @@ from deepseek_ray.models.checkpoint import CheckpointReader
 logger = logging.getLogger(__name__)
 
 _LONGEST_MATCH, _SHORTEST_MATCH = 4, 2
-"""Last tokens that must have come before in the same order for what followed them to be a guess."""
+"""Last tokens that must have come before in the same order for what followed them to be a draft."""
 
 
 def served_moe_layers(config: EngineConfig, reader: CheckpointReader) -> tuple[int, ...]:
     """Layers whose routed experts an engine asks for: the decoder's, and that of the multi-token-prediction layer if
-    it guesses. ConfigError when the checkpoint has none."""
+    it drafts. ConfigError when the checkpoint has none."""
     layers = reader.config.moe_layers
     if not config.uses_mtp:
         return layers
@@ -44,13 +44,13 @@ class Speculator(ABC):
     """Sets `draft_token_ids` of the sequences of a step that is over."""
 
     @abstractmethod
-    def guess(self, step: ScheduledStep) -> None:
+    def draft(self, step: ScheduledStep) -> None:
         """Before the next step is scheduled. Whatever the decoder raises travels to the caller, who may call again."""
 
 
-def can_guess(sequence: Sequence) -> bool:
-    """Whether the next step computes the last token of a sequence, so that guesses of what follows are of use."""
-    return sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens == 1 and sequence.may_guess
+def can_draft(sequence: Sequence) -> bool:
+    """Whether the next step computes the last token of a sequence, so that drafts of what follows are of use."""
+    return sequence.status is SequenceStatus.RUNNING and sequence.num_uncomputed_tokens == 1 and sequence.may_draft
 
 
 class NgramSpeculator(Speculator):
@@ -60,9 +60,9 @@ class NgramSpeculator(Speculator):
         self._num_tokens = num_tokens
         self._seen: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
 
-    def guess(self, step: ScheduledStep) -> None:
+    def draft(self, step: ScheduledStep) -> None:
         for item in step.items:
-            if can_guess(item.sequence):
+            if can_draft(item.sequence):
                 index = self._seen.setdefault(item.sequence, NgramIndex(item.sequence.token_ids))
                 item.sequence.draft_token_ids = index.after_the_last(self._num_tokens)
 
@@ -94,13 +94,13 @@ class MtpSpeculator(Speculator):
     layer gave in the step.
 
     It has latents of its own for every token, in the same cache blocks. Those of a token depend on the next one, so the
-    last of a block that the prefix cache shares may be another sequence's: a guess may be worse for it, the output not.
+    last of a block that the prefix cache shares may be another sequence's: a draft may be worse for it, the output not.
     """
 
-    def __init__(self, runner: GuessingRunner) -> None:
+    def __init__(self, runner: DraftingRunner) -> None:
         self._runner = runner
 
-    def guess(self, step: ScheduledStep) -> None:
+    def draft(self, step: ScheduledStep) -> None:
         rows: list[int] = []
         next_ids: list[int] = []
         logit_rows: list[int] = []
@@ -112,18 +112,18 @@ class MtpSpeculator(Speculator):
                 end = sequence.num_computed_tokens
                 rows += range(first, first + end - item.start)
                 next_ids += sequence.token_ids[item.start + 1 : end + 1]
-                if can_guess(sequence):
+                if can_draft(sequence):
                     logit_rows.append(len(rows) - 1)
                     owners.append(sequence)
             first += item.num_rows
         if not rows:
             return
         try:
-            guesses = self._runner.guess(rows, next_ids, logit_rows)
+            drafts = self._runner.draft(rows, next_ids, logit_rows)
         except ExpertsCrashedError as error:
-            logger.error("no guesses for the sequences of this step any more: %s", error)
+            logger.error("no drafts for the sequences of this step any more: %s", error)
             for sequence in owners:
-                sequence.may_guess = False
+                sequence.may_draft = False
             return
-        for sequence, guess in zip(owners, guesses, strict=True):
-            sequence.draft_token_ids = [guess]
+        for sequence, draft in zip(owners, drafts, strict=True):
+            sequence.draft_token_ids = [draft]

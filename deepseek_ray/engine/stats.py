@@ -21,6 +21,6 @@ class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
     num_prefix_cache_hits: int
     """Of these, the ones that were found and not computed."""
     num_draft_tokens: int
-    """Guesses that were computed with a sequence's last token."""
+    """Drafts that were computed with a sequence's last token."""
     num_accepted_tokens: int
     """Of these, the ones that were right."""

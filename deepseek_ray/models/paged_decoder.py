@@ -49,7 +49,7 @@ class PagedDecoder:
     ) -> None:
         """`kernels` must be able to compute on `device`. `quantization`: linear layers of fewer bits than `dtype`, but
         for the gates and the two parts of kv_b_proj, which are small and decide much. `with_mtp`: the checkpoint's
-        first multi-token-prediction layer, too, for `guess`. `micro_batches`: parts of a step, of which one is with the
+        first multi-token-prediction layer, too, for `draft`. `micro_batches`: parts of a step, of which one is with the
         experts while another one is here."""
         self.config: ModelConfig = reader.config
         self.dtype = dtype
@@ -95,7 +95,7 @@ class PagedDecoder:
             hidden = self._decode(batch, cache)
             return self._logits(hidden[batch.logit_rows], self._final_norm, self._head), hidden
 
-    def guess(self, batch: PagedBatch, hidden: Tensor, cache: LatentCache) -> Tensor:
+    def draft(self, batch: PagedBatch, hidden: Tensor, cache: LatentCache) -> Tensor:
         """The likeliest token, [n] int64, after each of `batch.logit_rows` as the multi-token-prediction layer sees it.
 
         `batch` has places that were computed, and as its `token_ids` the tokens that came after them; hidden [T, H] is

@@ -40,7 +40,7 @@ def test_int8_through_actors_is_int8_in_one_process(ray_cluster: None, trained_m
 
 
 @pytest.mark.parametrize("method", ["mtp", "ngram"])
-def test_guessing_through_actors_changes_nothing(ray_cluster: None, tmp_path: Path, method: str) -> None:
+def test_drafting_through_actors_changes_nothing(ray_cluster: None, tmp_path: Path, method: str) -> None:
     """The prompts repeat themselves, and so does, now and then, what random weights say."""
     model = write_random_checkpoint(tmp_path / "model", tiny_config(num_nextn_predict_layers=1))
     prompts = [[(37 * n + 11 * (place % 7)) % 50 for place in range(3 + 9 * n)] for n in range(6)]

@@ -1,4 +1,4 @@
-"""Guessing changes how many steps an output takes, and nothing else about it."""
+"""Drafting changes how many steps an output takes, and nothing else about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fakes import Collected, FakeDecoder, byte_tokenizer, run_to_end
 from deepseek_ray.config.engine import EngineConfig, SpeculativeConfig
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.scheduler import ScheduledStep
-from deepseek_ray.engine.speculation import NgramIndex, Speculator, can_guess, served_moe_layers
+from deepseek_ray.engine.speculation import NgramIndex, Speculator, can_draft, served_moe_layers
 from deepseek_ray.errors import ConfigError, ExpertsCrashedError
 from deepseek_ray.messages import GenerateRequest, SamplingParams, StructuredOutputsParams
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -34,10 +34,10 @@ class Oracle(Speculator):
         self._outputs, self._count, self._lies = outputs, count, lies
         self.after: Callable[[ScheduledStep], None] = lambda step: None
 
-    def guess(self, step: ScheduledStep) -> None:
+    def draft(self, step: ScheduledStep) -> None:
         self.after(step)
         for sequence in [item.sequence for item in step.items]:
-            if can_guess(sequence):
+            if can_draft(sequence):
                 done = sequence.num_output_tokens
                 coming = self._outputs[sequence.request.request_id][done : done + self._count]
                 sequence.draft_token_ids = [
@@ -95,7 +95,7 @@ def truth() -> dict[str, list[int]]:
     "lies", [lambda place: False, lambda place: place % 3 == 2, lambda place: True], ids=["right", "mixed", "wrong"]
 )
 @pytest.mark.parametrize("num_blocks", [200, 12], ids=["roomy", "preempting"])
-def test_the_output_is_that_of_an_engine_that_does_not_guess(
+def test_the_output_is_that_of_an_engine_that_does_not_draft(
     truth: dict[str, list[int]], count: int, lies: Callable[[int], bool], num_blocks: int
 ) -> None:
     plain = run_to_end(make_engine(num_blocks=num_blocks), requests())
@@ -110,17 +110,17 @@ def test_the_output_is_that_of_an_engine_that_does_not_guess(
         assert (stats.num_accepted_tokens > 0) != all(map(lies, range(3)))
 
 
-def test_right_guesses_save_steps(truth: dict[str, list[int]]) -> None:
+def test_right_drafts_save_steps(truth: dict[str, list[int]]) -> None:
     decoder = FakeDecoder()
     engine = make_engine(decoder)
     with_oracle(engine, truth, 4, lambda place: False)
     run_to_end(engine, [make_request("greedy")])
-    assert decoder.num_steps == 1 + 5  # the prompt's step guesses nothing; then five tokens a step, 24 of them
+    assert decoder.num_steps == 1 + 5  # the prompt's step drafts nothing; then five tokens a step, 24 of them
     assert engine.stats().num_accepted_tokens == 19  # the last step has room for three
     assert max(decoder.num_tokens_per_step[1:]) == 5
 
 
-def test_blocks_that_guesses_filled_are_found_again(truth: dict[str, list[int]]) -> None:
+def test_blocks_that_drafts_filled_are_found_again(truth: dict[str, list[int]]) -> None:
     engine = make_engine()
     with_oracle(engine, truth, 3, lambda place: place % 4 == 3)
     request = make_request("greedy")
@@ -135,13 +135,13 @@ def test_blocks_that_guesses_filled_are_found_again(truth: dict[str, list[int]])
 
 
 @pytest.mark.parametrize("budget", [5, 8])
-def test_a_guess_takes_no_other_sequences_turn(truth: dict[str, list[int]], budget: int) -> None:
-    """With guesses that are all wrong every token comes in the step in which it comes without them."""
+def test_a_draft_takes_no_other_sequences_turn(truth: dict[str, list[int]], budget: int) -> None:
+    """With drafts that are all wrong every token comes in the step in which it comes without them."""
 
-    def steps(guessing: bool) -> list[list[str]]:
+    def steps(drafting: bool) -> list[list[str]]:
         decoder = FakeDecoder()
         engine = make_engine(decoder, max_num_batched_tokens=budget)
-        if guessing:
+        if drafting:
             with_oracle(engine, truth, 7, lambda place: True)
         for request in requests()[:4]:
             engine.add_request(request)
@@ -149,13 +149,13 @@ def test_a_guess_takes_no_other_sequences_turn(truth: dict[str, list[int]], budg
         while engine.has_work:
             order.append([event.request_id for event in engine.step()])
         assert max(decoder.num_tokens_per_step) <= budget
-        assert (engine.stats().num_draft_tokens > 0) == guessing
+        assert (engine.stats().num_draft_tokens > 0) == drafting
         return order
 
-    assert steps(guessing=True) == steps(guessing=False)
+    assert steps(drafting=True) == steps(drafting=False)
 
 
-def test_a_guess_that_crashes_experts_costs_the_guesses_only(truth: dict[str, list[int]]) -> None:
+def test_a_draft_that_crashes_experts_costs_the_drafts_only(truth: dict[str, list[int]]) -> None:
     decoder = FakeDecoder()
     engine = make_engine(decoder)
     oracle = with_oracle(engine, truth, 2, lambda place: place == 8)
@@ -186,7 +186,7 @@ def test_ngrams_are_looked_up_in_everything_before() -> None:
     assert NgramIndex([1, 1, 1]).after_the_last(2) == [1], "what follows ends where the list ends"
 
 
-def test_ngrams_guess_repetitions_right() -> None:
+def test_ngrams_draft_repetitions_right() -> None:
     """The fake model's output never settles, so what it repeats is asked of a model that says the same again."""
 
     class Parrot(FakeDecoder):
@@ -217,11 +217,11 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return directory
 
 
-def mtp_engine(model_dir: Path, dtype: torch.dtype, guess: bool, **settings: int) -> Engine:
-    config = EngineConfig(block_size=4, speculative=SpeculativeConfig(method="mtp") if guess else None, **settings)
+def mtp_engine(model_dir: Path, dtype: torch.dtype, draft: bool, **settings: int) -> Engine:
+    config = EngineConfig(block_size=4, speculative=SpeculativeConfig(method="mtp") if draft else None, **settings)
     reader = CheckpointReader(model_dir)
     held = {layer: range(reader.config.n_routed_experts) for layer in served_moe_layers(config, reader)}
-    decoder = PagedDecoder(reader, dtype, LocalExperts(ExpertStore(reader, held, dtype)), with_mtp=guess)
+    decoder = PagedDecoder(reader, dtype, LocalExperts(ExpertStore(reader, held, dtype)), with_mtp=draft)
     return Engine(decoder, None, config)
 
 
@@ -232,7 +232,7 @@ def token_request(name: str, prompt: list[int], **params: object) -> GenerateReq
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("budget", [512, 7])
-def test_mtp_guesses_are_the_trained_layers_and_outputs_stay(
+def test_mtp_drafts_are_the_trained_layers_and_outputs_stay(
     model_dir: Path, dtype: torch.dtype, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [
@@ -240,28 +240,28 @@ def test_mtp_guesses_are_the_trained_layers_and_outputs_stay(
         token_request("b", [5, 6, 7], temperature=1.0, seed=4),
         token_request("c", [9] * 17),
     ]
-    plain = run_to_end(mtp_engine(model_dir, dtype, guess=False), wanted)
-    engine = mtp_engine(model_dir, dtype, guess=True, max_num_batched_tokens=budget)
-    guesses: list[tuple[list[int], int]] = []
+    plain = run_to_end(mtp_engine(model_dir, dtype, draft=False), wanted)
+    engine = mtp_engine(model_dir, dtype, draft=True, max_num_batched_tokens=budget)
+    drafts: list[tuple[list[int], int]] = []
     assert engine._speculator is not None
-    guess = engine._speculator.guess
+    draft = engine._speculator.draft
 
     def note(step: ScheduledStep) -> None:
-        guess(step)
+        draft(step)
         for item in step.items:
             if item.sequence.draft_token_ids:
-                guesses.append((list(item.sequence.token_ids), item.sequence.draft_token_ids[0]))
+                drafts.append((list(item.sequence.token_ids), item.sequence.draft_token_ids[0]))
 
-    monkeypatch.setattr(engine._speculator, "guess", note)
+    monkeypatch.setattr(engine._speculator, "draft", note)
     assert said(run_to_end(engine, wanted)) == said(plain)
-    assert len(guesses) > 20
+    assert len(drafts) > 20
     if dtype == torch.float32:
         model = load_model(model_dir)
-        for token_ids, guess_id in guesses:
+        for token_ids, draft_id in drafts:
             ids = torch.tensor([token_ids])
             with torch.no_grad():
                 logits = model.mtp_logits(model(ids).hidden, ids)[0, -1]
-            assert logits[guess_id] >= logits.max() - 1e-4
+            assert logits[draft_id] >= logits.max() - 1e-4
 
 
 def test_mtp_without_the_layer_is_refused(tmp_path: Path) -> None:
@@ -271,6 +271,6 @@ def test_mtp_without_the_layer_is_refused(tmp_path: Path) -> None:
         served_moe_layers(config, reader)
 
 
-def test_mtp_guesses_one_token() -> None:
+def test_mtp_drafts_one_token() -> None:
     with pytest.raises(ValueError, match="num_tokens is 3 and method mtp"):
         SpeculativeConfig(method="mtp", num_tokens=3)

@@ -43,7 +43,10 @@ for event in backend.run(requests):
     assert event.index == len(outcome["tokens"])
     outcome["tokens"] += event.token_ids
     outcome["error"] = event.error_kind and f"{event.error_kind}: {event.error}"
-restarts = sum(row["restarts"] for row in backend.deployment.status()["actors"])
+end = time.monotonic() + 30  # a crash is answered before Ray has started the process again
+while (restarts := sum(row["restarts"] for row in backend.deployment.status()["actors"])) < int(sys.argv[4]):
+    assert time.monotonic() < end, f"{restarts} restarts after 30 s"
+    time.sleep(0.2)
 time.sleep(1.5)  # members report twice a second
 reloaded = sum(figures.get("experts_reloaded", 0) for figures in backend.deployment.stats().values())
 backend.shutdown()
@@ -51,11 +54,11 @@ print(json.dumps({"outcomes": outcomes, "restarts": restarts, "reloaded": reload
 """
 
 
-def run(model: Path, prompts: list[str], **environment: str) -> tuple[dict[str, Any], str]:
-    """What the program printed, and what was said on the way."""
+def run(model: Path, prompts: list[str], *, restarts: int = 0, **environment: str) -> tuple[dict[str, Any], str]:
+    """What the program printed once there were that many restarts, and what was said on the way."""
     path = os.pathsep.join(filter(None, [str(MUTANTS), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model), str(NUM_TOKENS), json.dumps(prompts)],
+        [sys.executable, "-c", PROGRAM, str(model), str(NUM_TOKENS), json.dumps(prompts), str(restarts)],
         capture_output=True,
         text=True,
         timeout=400,
@@ -92,7 +95,7 @@ def last_row(model: Path, prompt: str, monkeypatch: pytest.MonkeyPatch) -> torch
 def test_a_request_that_crashes_shards_fails_and_no_other(trained_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison = last_row(trained_model, POISONED, monkeypatch).numpy().tobytes().hex()
     wanted = expected(trained_model, PROMPTS)
-    printed, said = run(trained_model, [*PROMPTS, POISONED], MUTANT="poison", POISON=poison)
+    printed, said = run(trained_model, [*PROMPTS, POISONED], restarts=2, MUTANT="poison", POISON=poison)
     outcomes = printed["outcomes"]
     poisoned = outcomes.pop(POISONED)
     assert poisoned["tokens"] == []

@@ -177,6 +177,7 @@ def test_prometheus_shows_what_the_client_received(client: Client, metrics_port:
     # A counter appears when it first rises.
     not_yet = {"vllm_num_preemptions_total", "moe_frames_resent_total", "moe_frames_hedged_total"}
     not_yet |= {"moe_experts_wrong_total", "vllm_prefix_cache_hits_total"}
+    not_yet |= {f"vllm_spec_decode_num_{what}_tokens_total" for what in ("draft", "accepted")}
     not_yet |= {f"moe_kv_blocks_{what}_total" for what in ("sent", "received", "dropped")}
     assert (histograms | others) - present <= not_yet
 

@@ -16,7 +16,7 @@ BENCHMARKS = (
         "http_load",
         "simulate",
     ),
-    *("training", "strategies", "placement", "tuning"),
+    *("training", "strategies", "placement", "tuning", "gpu_kernels"),
 )
 
 

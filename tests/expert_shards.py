@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
 from deepseek_ray.actors.expert_client import RemoteExperts
 from deepseek_ray.actors.expert_service import ExpertService
 from deepseek_ray.actors.shard_directory import ShardDirectory
+from deepseek_ray.actors.tensor_link import TensorPlace
 from deepseek_ray.control.reports import ShardAddress
 from deepseek_ray.errors import LinkClosedError
 from deepseek_ray.expert_parallel.placement import Placement, contiguous_placement, experts_of_shard
@@ -35,12 +37,15 @@ class Shards:
         self,
         reader: CheckpointReader,
         dtype: torch.dtype,
-        transport: Transport,
+        medium: str,
         placement: Placement = PLACEMENT,
         poison: float | None = None,
     ) -> None:
-        """`poison`: a value in the input that ends the shard that computes with it."""
-        self._reader, self._dtype, self._transport = reader, dtype, transport
+        """`medium`: a transport, or one with "+tensors". `poison`: a value in the input that ends the shard that
+        computes with it."""
+        transport, _, tensors = medium.partition("+")
+        self._reader, self._dtype, self._transport = reader, dtype, cast(Transport, transport)
+        self._by_tensor = bool(tensors)
         self.placement = placement
         self.stores: dict[int, ExpertStore] = {}
         self.services: dict[int, ExpertService] = {}
@@ -62,7 +67,10 @@ class Shards:
     def start(self, shard: int, loaded: bool = True) -> ExpertStore:
         """A new process of the shard: what it holds."""
         self.incarnation[shard] += 1
-        self._listeners[shard] = listen("node", "127.0.0.1", "d", SECRET, self._transport, self.incarnation[shard])
+        self._listeners[shard] = listen(
+            *("node", "127.0.0.1", "d", SECRET, self._transport, self.incarnation[shard]),
+            tensors=TensorPlace(f"gloo:shard {shard}") if self._by_tensor else None,
+        )
         self.answers[shard].set()
         store = ExpertStore(self._reader, self.experts_of(shard) if loaded else {}, self._dtype)
         self.stores[shard] = store
@@ -115,7 +123,8 @@ class Shards:
         node_with_our_cores: str | None = None,
     ) -> RemoteExperts:
         def dial(address: ShardAddress) -> Link:
-            return connect(address.endpoints, "node", "d", SECRET, self._transport, 5.0)
+            tensors = TensorPlace("gloo:worker") if self._by_tensor else None
+            return connect(address.endpoints, "node", "d", SECRET, self._transport, 5.0, tensors=tensors)
 
         return RemoteExperts(
             self.directory, dial, 1, ask_for_news, interrupted, hedge_after_seconds, node_with_our_cores

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deepseek_ray.llm import LLM
 from deepseek_ray.messages import SamplingParams
@@ -41,4 +42,12 @@ def test_each_half_on_either_device(trained_model: Path, attention: str, experts
 def test_attention_on_the_gpu_and_experts_on_cpus_in_processes_of_their_own(trained_model: Path) -> None:
     expected = generate(trained_model)
     found = generate(trained_model, backend="actors", attention_device="cuda")
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="an attention worker and two shards have a CUDA device each")
+def test_activations_that_go_from_gpu_to_gpu(trained_model: Path) -> None:
+    expected = generate(trained_model)
+    found = generate(trained_model, backend="actors", attention_device="cuda", expert_device="cuda")
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]

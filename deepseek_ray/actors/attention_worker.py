@@ -20,6 +20,7 @@ from deepseek_ray.actors.member_metrics import WorkerMetrics
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.actors.shard_directory import ShardDirectory
+from deepseek_ray.actors.tensor_link import place_of
 from deepseek_ray.actors.token_service import TokenService
 from deepseek_ray.control.reports import Directive, MemberReport, MemberState, ShardAddress, WorkerView
 from deepseek_ray.engine.engine import Engine
@@ -63,6 +64,8 @@ class AttentionWorker:
         self._copies = CopySender(self._connect) if self._config.kv_copies else None
         self._service = TokenService(self._listener, _exit_at_once, self._after_step, self._config.kv_copies)
         on_cores = self._config.attention_device == self._config.expert_device == "cpu"
+        by_tensor = self._config.sends_tensors
+        self._tensors = place_of(torch.device("cuda")) if by_tensor else None
         self._experts = RemoteExperts(
             self._directory,
             self._connect,
@@ -71,6 +74,7 @@ class AttentionWorker:
             interrupted=self._service.interrupted,
             hedge_after_seconds=self._config.hedge_after_seconds,
             node_with_our_cores=self._member.node_id if on_cores else None,
+            device="cuda" if by_tensor else "cpu",
         )
         exporter = MetricsExporter(model_name=self._record.description.served_model_name, engine=str(id))
         export_every_second(WorkerMetrics(exporter, self._experts, self._stats, self._copy_counts).collect)
@@ -85,8 +89,8 @@ class AttentionWorker:
         self._state = "loading"
         try:
             reader = CheckpointReader(Path(self._config.model_dir))
-            kernels = select_kernels(self._config.engine.deterministic)
             dtype, device = getattr(torch, self._config.dtype), usable_device(self._config.attention_device)
+            kernels = select_kernels(self._config.engine.deterministic, device)
             decoder = PagedDecoder(
                 reader,
                 dtype,
@@ -120,6 +124,7 @@ class AttentionWorker:
             secret=self._record.secret,
             transport=self._config.transport,
             timeout=_CONNECT_SECONDS,
+            tensors=self._tensors,
         )
 
     def _report(self, identity: MemberReport) -> MemberReport:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from deepseek_ray.actors.expert_frames import ONE_BY_ONE, RELOAD, call_frame, read_reply
@@ -96,8 +97,11 @@ class RemoteExperts(ExpertBackend):
         interrupted: Callable[[], bool],
         hedge_after_seconds: float = 0.3,
         node_with_our_cores: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`node_with_our_cores`: shards there compute on the cores that this process has; None if none does."""
+        """`node_with_our_cores`: shards there compute on the cores that this process has; None if none does. `device`:
+        where the activations are, and are to be again; another one than the CPU pays where links take tensors."""
+        self.device = torch.device(device)
         self._node_with_our_cores = node_with_our_cores
         self._directory = directory
         self._links = ShardLinks(directory, connect)
@@ -125,7 +129,7 @@ class RemoteExperts(ExpertBackend):
         started = time.monotonic()
         tokens, top_k = expert_ids.shape
         routes = self._directory.routes(layer)
-        expert_ids = expert_ids.contiguous()
+        expert_ids = expert_ids.cpu().contiguous()
         counts = self._pairs.count(expert_ids, len(routes.first))
         rows = hidden.new_empty(tokens * top_k, hidden.shape[1])
         ticket = _Ticket(layer, first_row, hidden, expert_ids, counts, rows)
@@ -187,6 +191,7 @@ class RemoteExperts(ExpertBackend):
             self._incarnation,
             self._directory.version,
             pending.flags,
+            link.takes_tensors,
         )
         try:
             link.send(frame)
@@ -301,7 +306,7 @@ class RemoteExperts(ExpertBackend):
         """
         if pending.flags & RELOAD or not ticket.hidden[ticket.token_of(places)].isfinite().all():
             return False
-        wrong = ticket.expert_ids.flatten()[places[~rows.isfinite().all(dim=1)]].unique().tolist()
+        wrong = ticket.expert_ids.flatten()[places[~rows.isfinite().all(dim=1).cpu()]].unique().tolist()
         logger.error(
             "experts %s of layer %d on shard %d gave values that are not finite; they are read anew",
             wrong,

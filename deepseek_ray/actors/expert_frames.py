@@ -3,7 +3,8 @@
 A call's payload is pair_rows [P] int32, pair_experts [P] int32, hidden [N, H]; a reply's is rows [P, H]. A call with
 the flag ONE_BY_ONE, whose pairs are in order of their rows, gets two replies per row, in order: an empty one when it is
 about to be computed, and one with that row's pairs. A reply's `num_rows` says how many pairs of the call have been
-answered before it.
+answered before it. On links that take tensors, `hidden` and the rows of a reply travel beside the payload, from device
+to device.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def call_frame(
     incarnation: int,
     table_version: tuple[int, int],
     flags: int = 0,
+    by_tensor: bool = False,
 ) -> Frame:
-    """rows [N, H], contiguous: of the layer's input, those that the shard needs."""
+    """rows [N, H], contiguous: of the layer's input, those that the shard needs. `by_tensor`: the link takes them."""
     generation, epoch = table_version
+    indices = [_bytes(call.pair_rows), _bytes(call.pair_experts)]
     return Frame(
         FrameKind.EXPERT_CALL,
-        [_bytes(call.pair_rows), _bytes(call.pair_experts), _bytes(rows)],
+        indices if by_tensor else [*indices, _bytes(rows.cpu())],
         flags=flags,
         incarnation=incarnation,
         generation=generation,
@@ -64,6 +67,7 @@ def call_frame(
         num_rows=rows.shape[0],
         num_pairs=call.pair_rows.numel(),
         dtype=_CODES[rows.dtype],
+        tensor=rows if by_tensor else None,
     )
 
 
@@ -73,12 +77,16 @@ def read_call(frame: Frame, hidden_size: int) -> CallContent:
     pairs, rows = frame.num_pairs, frame.num_rows
     if dtype is None or not pairs or not rows:
         raise LinkError(f"an expert call has dtype {frame.dtype!r}, {rows} rows, {pairs} pairs; it needs some of each")
-    expected = 2 * pairs * _INDEX_BYTES + rows * hidden_size * dtype.itemsize
+    here = 0 if frame.tensor is not None else rows * hidden_size * dtype.itemsize
+    expected = 2 * pairs * _INDEX_BYTES + here
     if len(frame.payload) != expected:
         raise LinkError(f"an expert call has {len(frame.payload)} payload bytes, its counts say {expected}")
     pair_rows = torch.frombuffer(frame.payload, dtype=torch.int32, count=pairs).long()
     pair_experts = torch.frombuffer(frame.payload, dtype=torch.int32, count=pairs, offset=pairs * _INDEX_BYTES).long()
-    hidden = torch.frombuffer(frame.payload, dtype=dtype, offset=2 * pairs * _INDEX_BYTES).view(rows, hidden_size)
+    if frame.tensor is not None:
+        hidden = _checked(frame.tensor, rows, hidden_size)
+    else:
+        hidden = torch.frombuffer(frame.payload, dtype=dtype, offset=2 * pairs * _INDEX_BYTES).view(rows, hidden_size)
     if int(pair_rows.min()) < 0 or int(pair_rows.max()) >= rows:
         raise LinkError(f"an expert call names row {int(pair_rows.max())} of {rows}")
     return CallContent(hidden, pair_rows, pair_experts)
@@ -94,9 +102,12 @@ def one_by_one(content: CallContent) -> Iterator[CallContent]:
         yield CallContent(hidden, torch.zeros(len(experts), dtype=torch.int64), experts)
 
 
-def reply_frame(call: Frame, rows: Tensor, num_before: int = 0) -> Frame:
-    """`num_before`: pairs of the call that were answered before these."""
-    return answer(call, FrameKind.EXPERT_REPLY, _bytes(rows.cpu()), rows.shape[0], _CODES[rows.dtype], num_before)
+def reply_frame(call: Frame, rows: Tensor, num_before: int = 0, by_tensor: bool = False) -> Frame:
+    """`num_before`: pairs of the call that were answered before these. `by_tensor`: the link takes the rows."""
+    payload = b"" if by_tensor else _bytes(rows.cpu())
+    reply = answer(call, FrameKind.EXPERT_REPLY, payload, rows.shape[0], _CODES[rows.dtype], num_before)
+    reply.tensor = rows if by_tensor else None
+    return reply
 
 
 def answer(
@@ -123,6 +134,8 @@ def answer(
 
 def read_reply(frame: Frame, hidden_size: int) -> Tensor:
     """[P, H], looking into the frame's memory: use it before the frame is released."""
+    if frame.tensor is not None:
+        return _checked(frame.tensor, frame.num_pairs, hidden_size)
     dtype = _DTYPES.get(frame.dtype)
     if dtype is None or len(frame.payload) != frame.num_pairs * hidden_size * dtype.itemsize:
         raise LinkError(
@@ -132,6 +145,12 @@ def read_reply(frame: Frame, hidden_size: int) -> Tensor:
     if not frame.num_pairs:
         return torch.empty(0, hidden_size, dtype=dtype)
     return torch.frombuffer(frame.payload, dtype=dtype).view(frame.num_pairs, hidden_size)
+
+
+def _checked(tensor: Tensor, rows: int, hidden_size: int) -> Tensor:
+    if tensor.shape != (rows, hidden_size):
+        raise LinkError(f"a frame's tensor has shape {list(tensor.shape)}; expected [{rows}, {hidden_size}]")
+    return tensor
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -66,14 +66,14 @@ class ExpertService:
                     frame = link.receive()
                     if frame is not None:
                         with frame:
-                            for reply in self._answer(frame):
+                            for reply in self._answer(frame, link.takes_tensors):
                                 link.send(reply)
             except LinkClosedError:
                 logger.info("%s is gone", link.peer)
             except LinkError as error:
                 logger.warning("link to %s closed: %s", link.peer, error)
 
-    def _answer(self, frame: Frame) -> Iterator[Frame]:
+    def _answer(self, frame: Frame, by_tensor: bool) -> Iterator[Frame]:
         if frame.kind is FrameKind.PING:
             yield answer(frame, FrameKind.PONG)
             return
@@ -89,22 +89,22 @@ class ExpertService:
                 self.num_reloaded += 1
         self.num_calls += 1
         if frame.flags & ONE_BY_ONE:
-            yield from self._answer_one_by_one(frame, content)
+            yield from self._answer_one_by_one(frame, content, by_tensor)
             return
         rows = self.calls.run(frame.layer, content)
-        yield answer(frame, FrameKind.STALE) if rows is None else reply_frame(frame, rows)
+        yield answer(frame, FrameKind.STALE) if rows is None else reply_frame(frame, rows, by_tensor=by_tensor)
 
-    def _answer_one_by_one(self, frame: Frame, content: CallContent) -> Iterator[Frame]:
+    def _answer_one_by_one(self, frame: Frame, content: CallContent, by_tensor: bool) -> Iterator[Frame]:
         """Before each row an empty answer: if this process dies now, it is over that row."""
         answered = 0
         for part in one_by_one(content):
             with self.calls.alone() as compute:
-                yield reply_frame(frame, part.hidden[:0], answered)
+                yield reply_frame(frame, part.hidden[:0], answered, by_tensor)
                 rows = compute(frame.layer, part)
             if rows is None:
                 yield answer(frame, FrameKind.STALE)
                 return
-            yield reply_frame(frame, rows, answered)
+            yield reply_frame(frame, rows, answered, by_tensor)
             answered += len(rows)
 
     def _compute(self, layer: int, content: CallContent) -> Tensor | None:

@@ -16,6 +16,7 @@ from deepseek_ray.actors.member_memory import memory_bytes
 from deepseek_ray.actors.member_metrics import export_shard
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
 from deepseek_ray.actors.record import require_record
+from deepseek_ray.actors.tensor_link import place_of
 from deepseek_ray.control.reports import Directive, MemberReport, MemberState
 from deepseek_ray.control.shard_figures import EXPERTS_SHARE
 from deepseek_ray.kernels.quantize import bytes_per_weight
@@ -33,6 +34,7 @@ class ExpertShard:
         torch.set_num_threads(threads)
         record = require_record(deployment)
         config = record.config
+        device = usable_device(config.expert_device)
         reader = CheckpointReader(Path(config.model_dir))
         self._member = Member(record, "expert_shard", id, self._report, self._obey)
         self._listener = listen(
@@ -42,6 +44,7 @@ class ExpertShard:
             secret=record.secret,
             transport=config.transport,
             incarnation=self._member.identity.incarnation,
+            tensors=place_of(device) if config.sends_tensors else None,
         )
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._hidden_size = reader.config.hidden_size
@@ -49,9 +52,9 @@ class ExpertShard:
             reader,
             {},
             self._dtype,
-            select_kernels(config.engine.deterministic),
+            select_kernels(config.engine.deterministic, device),
             shared_files=config.packed_files,
-            device=usable_device(config.expert_device),
+            device=device,
             quantization=config.quantization,
         )
         weights = reader.config.num_expert_parameters

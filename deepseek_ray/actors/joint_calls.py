@@ -93,7 +93,7 @@ def _joined(contents: Sequence[CallContent]) -> CallContent:
         return contents[0]
     hidden, pair_rows, first = [], [], 0
     for content in contents:
-        hidden.append(content.hidden)
+        hidden.append(content.hidden.to(contents[0].hidden.device))  # some came over NCCL, others did not
         pair_rows.append(content.pair_rows + first)
         first += len(content.hidden)
     return CallContent(torch.cat(hidden), torch.cat(pair_rows), torch.cat([own.pair_experts for own in contents]))

@@ -165,12 +165,14 @@ def _create(
         lifetime="detached",
         get_if_exists=True,
         max_restarts=-1,
-        runtime_env={"env_vars": _thread_variables(threads)},
+        runtime_env={"env_vars": _variables(threads)},
         **{"num_cpus": 0, **options},
     )
     return actor.remote(*arguments)
 
 
-def _thread_variables(threads: int) -> dict[str, str]:
-    """Threads that wait must sleep: spinning ones take the cores of the process they wait for."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+def _variables(threads: int) -> dict[str, str]:
+    """Threads that wait must sleep: spinning ones take the cores of the process they wait for. And the death of a peer
+    is the link's matter: torch would end a process whose NCCL call has failed."""
+    waiting = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    return {**waiting, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}

@@ -137,7 +137,8 @@ class DeploymentConfig(FrozenConfig):
     for them, and nothing else is put on their cores. Off, they fit on what is left after a loss, and beside training.
     """
     transport: Literal["auto", "shared_memory", "tcp"] = "auto"
-    """How frames travel; auto is shared memory on one node and TCP between nodes."""
+    """How frames travel; auto is shared memory on one node and TCP between nodes, and NCCL for activations that go from
+    one GPU to another."""
     packed_files: bool = True
     """Keep the experts as the kernels want them in files of each node, which replicas, standbys, restarted shards and
     the next `LLM` of a model with 256 MB of experts or more map in no time; it takes as much disk as the experts do."""
@@ -155,6 +156,11 @@ class DeploymentConfig(FrozenConfig):
     request_timeout_seconds: float = Field(default=600.0, gt=0)
     """Deadline of a request that brings none; also the longest a request may ask for."""
     engine: EngineConfig = EngineConfig()
+
+    @property
+    def sends_tensors(self) -> bool:
+        """Whether activations go from GPU to GPU, where two processes have different ones."""
+        return self.transport == "auto" and self.attention_device == self.expert_device == "cuda"
 
     @model_validator(mode="after")
     def _check_devices(self) -> Self:

@@ -61,14 +61,13 @@ class LocalBackend(OfflineBackend):
             torch.set_num_threads(config.threads)
         moe_layers = served_moe_layers(config.engine, reader)
         every_expert = {layer: range(reader.config.n_routed_experts) for layer in moe_layers}
-        kernels = select_kernels(config.engine.deterministic)
         attention_device, expert_device = usable_device(config.attention_device), usable_device(config.expert_device)
         bits = config.quantization
         store = ExpertStore(
             reader,
             every_expert,
             dtype,
-            kernels,
+            select_kernels(config.engine.deterministic, expert_device),
             shared_files=config.packed_files and _expert_bytes(config, reader.config, len(moe_layers)) >= _WORTH_FILES,
             device=expert_device,
             quantization=bits,
@@ -77,7 +76,7 @@ class LocalBackend(OfflineBackend):
             reader,
             dtype,
             LocalExperts(store),
-            kernels,
+            select_kernels(config.engine.deterministic, attention_device),
             device=attention_device,
             quantization=bits,
             with_mtp=config.engine.uses_mtp,

@@ -40,11 +40,11 @@ class Pairs:
 
     def pick(self, x: Tensor, rows: Tensor) -> Tensor:
         """The rows `rows` [N] int64 of x [T, H] -> [N, H], contiguous."""
-        return x[rows].contiguous()
+        return x[rows.to(x.device)].contiguous()
 
     def put(self, rows: Tensor, places: Tensor, to: Tensor) -> bool:
         """Rows [P, H] at `places` [P] int64 of `to`, in place; whether all of them are finite."""
-        to[places] = rows
+        to[places.to(to.device)] = rows.to(to.device)
         return bool(rows.isfinite().all())
 
 
@@ -101,14 +101,16 @@ class NativePairs(Pairs):
         return calls
 
     def pick(self, x: Tensor, rows: Tensor) -> Tensor:
-        if x.dtype not in _DTYPES or x.stride(1) != 1:
+        if x.device.type != "cpu" or x.dtype not in _DTYPES or x.stride(1) != 1:
             return super().pick(x, rows)
         out = torch.empty(len(rows), x.shape[1], dtype=x.dtype)
         self._pick(x.data_ptr(), x.stride(0), rows.data_ptr(), len(rows), x.shape[1], _DTYPES[x.dtype], out.data_ptr())
         return out
 
     def put(self, rows: Tensor, places: Tensor, to: Tensor) -> bool:
-        if rows.dtype not in _DTYPES or rows.dtype != to.dtype or not (rows.is_contiguous() and to.is_contiguous()):
+        on_cpu = rows.device.type == to.device.type == "cpu"
+        is_plain = rows.is_contiguous() and to.is_contiguous() and rows.dtype == to.dtype
+        if not on_cpu or not is_plain or rows.dtype not in _DTYPES:
             return super().put(rows, places, to)
         count, width = rows.shape
         dtype = _DTYPES[rows.dtype]

@@ -17,9 +17,18 @@ from deepseek_ray.kernels.reference import ReferenceKernels
 logger = logging.getLogger(__name__)
 
 
-def select_kernels(deterministic: bool) -> Kernels:
-    """The operators a deployment is to compute with."""
-    return default_kernels() if deterministic else FastKernels()
+def select_kernels(deterministic: bool, device: torch.device) -> Kernels:
+    """The operators a deployment is to compute with on a device."""
+    if deterministic:
+        return default_kernels()
+    if device.type != "cuda":
+        return FastKernels()
+    try:
+        from deepseek_ray.kernels.gpu import GpuKernels  # triton comes with torch for CUDA only
+    except ImportError as error:
+        logger.warning("no Triton (%s): the GPU computes with torch's operators alone", error)
+        return FastKernels()
+    return GpuKernels()
 
 
 def usable_device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import msgspec
 
@@ -32,6 +32,8 @@ class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
     """0 without TCP."""
     incarnation: int
     """Which life of the listening process this is; connecting to another one is refused."""
+    tensors: str = ""
+    """Name of the `TensorWay` that a link may take; empty for none."""
 
 
 class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,8 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Shared memory: one slot; a larger payload is split and copied together by the reader."""
     max_inbox_bytes: int = 256 << 20
     """A sender that waits also reads (or two waiting senders would wait for each other); it stops reading here."""
+    tensor_setup_seconds: float = 30.0
+    """Longest wait for the channels of tensors, after the handshake."""
     handshake_timeout_seconds: float = 5.0
     """A peer that does not prove itself within this time is dropped."""
     max_pending_handshakes: int = 32
@@ -80,6 +84,8 @@ class Link(ABC):
     """The peer's Ray node."""
     peer_incarnation: int
     """Which life of the peer's process this is, as it proved in the handshake."""
+    takes_tensors: bool = False
+    """Whether a frame may carry a tensor beside its payload."""
 
     @abstractmethod
     def send(self, frame: Frame) -> None:
@@ -116,3 +122,14 @@ class Link(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class TensorWay(Protocol):
+    """How tensors get from another process's device to that of this one, beside a link and past this one's memory."""
+
+    @property
+    def name(self) -> str:
+        """`backend:place`. Two processes whose backends are the same and whose places are not have a way in common."""
+
+    def join(self, link: Link, is_server: bool, limits: LinkLimits) -> Link:
+        """A new link, taking tensors from now on; both ends call this at the same time. LinkError when it fails."""

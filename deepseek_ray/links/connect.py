@@ -9,6 +9,7 @@ works there (two containers of one machine do not share abstract sockets), else 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -17,10 +18,12 @@ import time
 
 from deepseek_ray.errors import LinkError
 from deepseek_ray.links.arena import SUPPORTED as SHARED_MEMORY_SUPPORTED
-from deepseek_ray.links.base import Endpoints, Link, LinkLimits, Transport
+from deepseek_ray.links.base import Endpoints, Link, LinkLimits, TensorWay, Transport
 from deepseek_ray.links.handshake import Identity, check_secret, prove_as_client
 from deepseek_ray.links.listener import Listener, finish
 from deepseek_ray.links.tcp import shake_tls, tls_context, tune, wrap
+
+logger = logging.getLogger(__name__)
 
 _BACKLOG = 128
 
@@ -33,9 +36,11 @@ def listen(
     transport: Transport = "auto",
     incarnation: int | None = None,
     limits: LinkLimits | None = None,
+    tensors: TensorWay | None = None,
 ) -> Listener:
     """Wait for peers of `deployment`. `tcp_host` is this node's address, on which TCP listens (a free port) and which
-    the endpoints carry. `incarnation` says which life of the process this is; None draws one.
+    the endpoints carry. `incarnation` says which life of the process this is; None draws one. `tensors`: the way to
+    this process's device, if links are to carry tensors.
 
     Raises LinkError: the address cannot be used, or shared memory is demanded where there is none.
     """
@@ -55,8 +60,9 @@ def listen(
             tcp_host=tcp_host if tcp else None,
             tcp_port=tcp.getsockname()[1] if tcp else 0,
             incarnation=secrets.randbits(63) if incarnation is None else incarnation,
+            tensors=tensors.name if tensors else "",
         )
-        return Listener(endpoints, unix, tcp, tls, deployment, secret, limits or LinkLimits())
+        return Listener(endpoints, unix, tcp, tls, deployment, secret, limits or LinkLimits(), tensors)
     except BaseException:
         for sock in (unix, tcp):
             if sock is not None:
@@ -73,22 +79,31 @@ def connect(
     timeout: float = 10.0,
     incarnation: int = 0,
     limits: LinkLimits | None = None,
+    tensors: TensorWay | None = None,
 ) -> Link:
     """Open a link to a listener within `timeout` seconds. `node_id` and `incarnation` are those of this process.
+
+    With `tensors` (see `listen`) it carries tensors where the listener offers the same backend from another place; if
+    their channels fail, it is a link without.
 
     Raises LinkError: nobody there, time-out, another secret, or another incarnation than the endpoints say.
     """
     check_secret(secret)
     limits = limits or LinkLimits()
-    identity = Identity(node_id=node_id, pid=os.getpid(), incarnation=incarnation)
     start, problems = time.monotonic(), []
     media = _media(endpoints, node_id, transport)
-    for index, medium in enumerate(media):
-        share = timeout * (index + 1) / len(media)  # a silent first medium leaves time for the second
+    backend = _common_backend(tensors.name, endpoints.tensors) if tensors else ""
+    attempts = [(medium, wanted) for wanted in ([backend, ""] if backend else [""]) for medium in media]
+    for index, (medium, backend) in enumerate(attempts):
+        share = timeout * (index + 1) / len(attempts)  # a silent first medium leaves time for the second
+        identity = Identity(node_id=node_id, pid=os.getpid(), incarnation=incarnation, tensors=backend)
         try:
-            return _open(medium, endpoints, deployment, secret, identity, start + share, limits)
+            link = _open(medium, endpoints, deployment, secret, identity, start + share, limits)
+            return tensors.join(link, False, limits) if tensors and backend else link
         except LinkError as error:
             problems.append(f"{medium}: {error.message}")
+            if backend:
+                logger.warning("%s", error)
     raise LinkError(f"no link to {_describe(endpoints)} within {timeout:g} s. " + "; ".join(problems))
 
 
@@ -105,6 +120,13 @@ def _media(endpoints: Endpoints, node_id: str, transport: Transport) -> list[str
             "needs one node and a listener that takes it, TCP a listener that takes it; use 'auto' at both ends"
         )
     return media
+
+
+def _common_backend(ours: str, theirs: str) -> str:
+    """What both places can send tensors by. One place (a GPU that two processes share) needs no way to itself, and NCCL
+    refuses to make one."""
+    backend = ours.partition(":")[0]
+    return backend if backend == theirs.partition(":")[0] and ours != theirs else ""
 
 
 def _open(

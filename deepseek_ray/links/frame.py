@@ -84,6 +84,12 @@ class Frame(msgspec.Struct):
     num_pairs: int = 0
     """(token, expert) pairs in the payload."""
     dtype: DtypeCode = DtypeCode.NONE
+    tensor: Any = None
+    """A torch tensor [rows, columns] on its way beside the payload; only on links that say `takes_tensors`."""
+    tensor_dtype: DtypeCode = DtypeCode.NONE
+    """These three are set by the link: what the tensor is that comes with the frame."""
+    tensor_columns: int = 0
+    tensor_rows: int = 0
     on_release: Callable[[], None] | None = None
     """Set by the link on received frames; called once by `release()`."""
 
@@ -104,33 +110,35 @@ class Frame(msgspec.Struct):
 
 
 # magic, version, kind, flags | incarnation, generation, epoch, sequence, batch | layer, attempt, rows, pairs |
-# dtype, padding, payload bytes
-_HEADER = struct.Struct("<4sBBHQQQQQiIIIB7xQ")
+# dtype, tensor's dtype, its columns and rows, payload bytes
+_HEADER = struct.Struct("<4sBBHQQQQQiIIIBBHIQ")
 HEADER_BYTES = _HEADER.size
 _KINDS = {int(kind): kind for kind in FrameKind}
 _DTYPES = {int(dtype): dtype for dtype in DtypeCode}
 _FIELDS = (
     *("flags", "incarnation", "generation", "epoch", "sequence", "batch_id"),
-    *("layer", "attempt", "num_rows", "num_pairs", "dtype"),
+    *("layer", "attempt", "num_rows", "num_pairs", "dtype", "tensor_columns", "tensor_rows"),
 )
 
 
 def encode_header(frame: Frame, payload_bytes: int) -> bytes:
-    """The 80 header bytes of a frame. Raises LinkError when a field does not fit its place."""
+    """The 80 header bytes of a frame. Raises LinkError when a field does not fit its place, and on a tensor."""
+    if frame.tensor is not None:
+        raise LinkError("a frame carries a tensor, and this link takes none; put its bytes into the payload")
     try:
         # fmt: off
         return _HEADER.pack(
             MAGIC, VERSION, frame.kind, frame.flags,
             frame.incarnation, frame.generation, frame.epoch, frame.sequence, frame.batch_id,
             frame.layer, frame.attempt, frame.num_rows, frame.num_pairs,
-            frame.dtype, payload_bytes,
+            frame.dtype, frame.tensor_dtype, frame.tensor_columns, frame.tensor_rows, payload_bytes,
         )
         # fmt: on
     except struct.error as error:
         values = ", ".join(f"{name}={getattr(frame, name)}" for name in _FIELDS)
         raise LinkError(
             f"a {FrameKind(frame.kind).name} frame has a header field out of range ({error}): {values}; "
-            "ids have 64 bits, counts 32, flags 16, and only layer may be negative"
+            "ids have 64 bits, counts 32, flags and columns 16, and only layer may be negative"
         ) from None
 
 
@@ -144,22 +152,22 @@ def decode_header(buffer: bytes | bytearray | memoryview, offset: int, max_paylo
     (magic, version, kind_code, flags,
      incarnation, generation, epoch, sequence, batch_id,
      layer, attempt, num_rows, num_pairs,
-     dtype_code, payload_bytes) = _HEADER.unpack_from(buffer, offset)
+     dtype_code, tensor_code, columns, rows, payload_bytes) = _HEADER.unpack_from(buffer, offset)
     # fmt: on
     if magic != MAGIC:
         raise LinkError(f"a frame starts with {magic!r}, not {MAGIC!r}; the peer does not speak this protocol")
     if version != VERSION:
         raise LinkError(f"a frame has version {version}, this side speaks {VERSION}; run one release on every node")
-    kind, dtype = _KINDS.get(kind_code), _DTYPES.get(dtype_code)
-    if kind is None or dtype is None:
+    kind, dtype, tensor_dtype = _KINDS.get(kind_code), _DTYPES.get(dtype_code), _DTYPES.get(tensor_code)
+    if kind is None or dtype is None or tensor_dtype is None:
         raise LinkError(
-            f"a frame has kind {kind_code} and dtype {dtype_code}; known are kinds {sorted(_KINDS)} and dtypes "
-            f"{sorted(_DTYPES)}; run one release on every node"
+            f"a frame has kind {kind_code} and dtypes {dtype_code} and {tensor_code}; known are kinds {sorted(_KINDS)} "
+            f"and dtypes {sorted(_DTYPES)}; run one release on every node"
         )
     check_payload_bytes(payload_bytes, max_payload_bytes)
     # fmt: off
     frame = Frame(kind, b"", flags, incarnation, generation, epoch, sequence, batch_id,
-                  layer, attempt, num_rows, num_pairs, dtype)
+                  layer, attempt, num_rows, num_pairs, dtype, None, tensor_dtype, columns, rows)
     # fmt: on
     return frame, payload_bytes
 

@@ -37,6 +37,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     node_id: str
     pid: int
     incarnation: int
+    tensors: str = ""
+    """Of a client: by which backend the link is to carry tensors."""
 
     def __str__(self) -> str:
         return f"pid {self.pid} on node {self.node_id[:12]}"

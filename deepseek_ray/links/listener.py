@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from deepseek_ray.errors import LinkClosedError, LinkError
-from deepseek_ray.links.base import Endpoints, Link, LinkLimits
+from deepseek_ray.links.base import Endpoints, Link, LinkLimits, TensorWay
 from deepseek_ray.links.channel import cut_off
 from deepseek_ray.links.handshake import Identity, prove_as_server
 from deepseek_ray.links.shared_memory import SharedMemoryLink
@@ -40,6 +40,7 @@ class Listener:
         deployment: str,
         secret: bytes,
         limits: LinkLimits,
+        tensors: TensorWay | None = None,
     ) -> None:
         self.endpoints = endpoints
         self.num_rejected = 0
@@ -51,6 +52,7 @@ class Listener:
         self._deployment = deployment
         self._secret = secret
         self._limits = limits
+        self._tensors = tensors
         self._ready: queue.SimpleQueue[Link | None] = queue.SimpleQueue()  # None: closed
         self._lock = threading.Lock()
         self._pending: dict[threading.Thread, socket.socket] = {}  # unfinished handshakes, oldest first
@@ -152,7 +154,8 @@ class Listener:
                 identity=self._identity,
                 deadline=deadline,
             )
-            self._ready.put(finish(sock, medium, peer, self._limits))
+            link = finish(sock, medium, peer, self._limits)
+            self._ready.put(self._with_tensors(link, peer.tensors) if peer.tensors else link)
         except (LinkError, OSError) as error:
             sock.close()
             self._count_rejection(f"{medium}: {error}")
@@ -160,6 +163,11 @@ class Listener:
             with self._lock:
                 self._pending.pop(me, None)
                 self._threads.discard(me)
+
+    def _with_tensors(self, link: Link, backend: str) -> Link:
+        if self._tensors is None or self._tensors.name.partition(":")[0] != backend:
+            raise LinkError(f"the peer wants tensors by {backend!r}, here is {self.endpoints.tensors!r}")
+        return self._tensors.join(link, True, self._limits)
 
     def _count_rejection(self, reason: str) -> None:
         with self._lock:

@@ -71,6 +71,13 @@ class StreamLink(Link):
                 self._show_readiness()
             return frame
 
+    def check(self, timeout: float = 0.0) -> None:
+        """Read what comes within `timeout` seconds, for a later `receive`. LinkError once the link has failed."""
+        with self._lock:
+            self._raise_failure()
+            self._advance(time.monotonic() + timeout)
+            self._raise_failure()
+
     def fileno(self) -> int:
         with self._lock:
             if self._closed:

@@ -1,4 +1,4 @@
-"""Two expert shards in this process, without and with replicas, over shared memory and TCP."""
+"""Two expert shards in this process, without and with replicas, over each kind of link."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from deepseek_ray.models.checkpoint import CheckpointReader
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.expert_shards import BOTH, Shards
+from tests.links.conftest import link_pair, secret, serve  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> CheckpointReader:
     return CheckpointReader(write_random_checkpoint(directory / "m", tiny_config()))
 
 
-@pytest.fixture(params=["shared_memory", "tcp"])
+@pytest.fixture(params=["shared_memory", "tcp", "tcp+tensors"])
 def twins(request: pytest.FixtureRequest, reader: CheckpointReader) -> Iterator[Shards]:
     """Two shards that hold all experts each."""
     shards = Shards(reader, torch.float32, request.param, BOTH)
@@ -27,7 +28,7 @@ def twins(request: pytest.FixtureRequest, reader: CheckpointReader) -> Iterator[
         shards.end(shard)
 
 
-@pytest.fixture(params=["shared_memory", "tcp"])
+@pytest.fixture(params=["shared_memory", "tcp", "tcp+tensors"])
 def shards(request: pytest.FixtureRequest, reader: CheckpointReader) -> Iterator[Shards]:
     shards = Shards(reader, torch.float32, request.param)
     yield shards

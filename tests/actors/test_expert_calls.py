@@ -33,11 +33,13 @@ def test_it_knows_whether_shards_compute_on_its_cores(shards: Shards, node: str 
     backend.close()
 
 
-def test_bfloat16_travels(reader: CheckpointReader) -> None:
-    shards = Shards(reader, torch.bfloat16, "auto")
+@pytest.mark.parametrize("medium", ["auto", "auto+tensors"])
+def test_bfloat16_travels(reader: CheckpointReader, medium: str) -> None:
+    shards = Shards(reader, torch.bfloat16, medium)
     hidden, ids = work(7)
     backend = shards.backend()
     rows = backend.combine(backend.dispatch(LAYER, hidden.bfloat16(), ids))
+    assert {link.takes_tensors for link in backend._links.open} == {"tensors" in medium}
     assert torch.equal(rows, local_rows(reader, hidden.bfloat16(), ids))
     for shard in range(2):
         shards.end(shard)
@@ -138,8 +140,9 @@ def test_a_lost_shard_is_asked_again_once_it_can_be_reached(twins: Shards, reade
 def test_an_overdue_call_goes_to_the_replica_and_its_late_answer_is_dropped(
     twins: Shards, reader: CheckpointReader
 ) -> None:
-    backend = twins.backend(hedge_after_seconds=0.05)
+    backend = twins.backend(hedge_after_seconds=0.2)
     hidden, ids = work(9)
+    backend.combine(backend.dispatch(LAYER, hidden, ids))  # opens the links
     twins.answers[1].clear()
     assert torch.equal(backend.combine(backend.dispatch(LAYER, hidden, ids)), local_rows(reader, hidden, ids))
     assert backend.num_frames_hedged == 1

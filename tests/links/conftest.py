@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from deepseek_ray.actors.tensor_link import TensorPlace
 from deepseek_ray.links.base import Link, LinkLimits, Transport
 from deepseek_ray.links.connect import connect, listen
 from deepseek_ray.links.handshake import new_secret
@@ -61,10 +62,13 @@ def link_pair(serve: Callable[..., Listener], secret: bytes) -> Iterator[Pair]:
     """A factory of two ends of one link."""
     links: list[Link] = []
 
-    def make(transport: Transport, **limits: float) -> tuple[Link, Link]:
+    def make(medium: str, **limits: float) -> tuple[Link, Link]:
+        """`medium`: a transport, or one with "+tensors"."""
         ours = LinkLimits(**limits)
-        listener = serve(transport, ours)
-        links.append(connect(listener.endpoints, "node-a", "test", secret, transport, limits=ours))
+        transport, _, extra = medium.partition("+")
+        here, there = (TensorPlace("gloo:client"), TensorPlace("gloo:server")) if extra else (None, None)
+        listener = serve(transport, ours, tensors=there)
+        links.append(connect(listener.endpoints, "node-a", "test", secret, transport, limits=ours, tensors=here))
         accepted = listener.accept(10)
         assert accepted is not None
         links.append(accepted)

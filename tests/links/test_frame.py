@@ -32,6 +32,9 @@ FULL = Frame(
     num_rows=2**32 - 1,
     num_pairs=8,
     dtype=DtypeCode.BFLOAT16,
+    tensor_dtype=DtypeCode.FLOAT16,
+    tensor_columns=2**16 - 1,
+    tensor_rows=2**32 - 1,
 )
 
 
@@ -51,7 +54,10 @@ def test_every_kind_survives(kind: FrameKind) -> None:
 
 @pytest.mark.parametrize(
     ("offset", "value", "text"),
-    [(0, 0, "not b'DSRF'"), (4, 9, "version 9"), (5, 99, "kind 99"), (5, 0, "kind 0"), (64, 42, "dtype 42")],
+    [
+        *[(0, 0, "not b'DSRF'"), (4, 9, "version 9"), (5, 99, "kind 99"), (5, 0, "kind 0")],
+        *[(64, 42, "dtypes 42 and 3"), (65, 42, "dtypes 2 and 42")],
+    ],
 )
 def test_a_header_of_something_else_is_refused(offset: int, value: int, text: str) -> None:
     header = bytearray(encode_header(FULL, 0))
@@ -65,10 +71,18 @@ def test_a_payload_above_the_limit_is_refused() -> None:
         decode_header(encode_header(FULL, 101), 0, 100)
 
 
-@pytest.mark.parametrize(("field", "value"), [("flags", 1 << 16), ("epoch", -1), ("num_rows", 1 << 32), ("layer", 0.5)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("flags", 1 << 16), ("epoch", -1), ("num_rows", 1 << 32), ("layer", 0.5), ("tensor_columns", 1 << 16)],
+)
 def test_a_field_that_does_not_fit_is_named_with_its_value(field: str, value: float) -> None:
     with pytest.raises(LinkError, match=f"{field}={value}"):
         encode_header(Frame(FrameKind.PING, **{field: value}), 0)
+
+
+def test_a_tensor_is_no_part_of_a_frame_on_the_wire() -> None:
+    with pytest.raises(LinkError, match="takes none"):
+        encode_header(Frame(FrameKind.EXPERT_CALL, tensor=object()), 0)
 
 
 def test_payload_parts_become_bytes_in_order() -> None:

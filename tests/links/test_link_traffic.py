@@ -1,4 +1,4 @@
-"""What goes in at one end comes out at the other, on both media."""
+"""What goes in at one end comes out at the other, on each medium."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from deepseek_ray.links.base import Link
 from deepseek_ray.links.frame import DtypeCode, Frame, FrameKind
 from deepseek_ray.links.stream import StreamLink
 
-MEDIA = ("shared_memory", "tcp")
+MEDIA = ("shared_memory", "tcp", "tcp+tensors")
 SLOT = 1 << 20
 Pair = Callable[..., tuple[Link, Link]]
 
-both_media = pytest.mark.parametrize("medium", MEDIA)
+each_medium = pytest.mark.parametrize("medium", MEDIA)
 
 
 def noise(num_bytes: int, seed: int = 0) -> bytes:
@@ -38,7 +38,7 @@ def take(link: Link) -> Frame:
     return frame
 
 
-@both_media
+@each_medium
 @pytest.mark.parametrize("size", [0, 1, 2048, 2049, SLOT - 1, SLOT, SLOT + 1, 40_000_000])
 def test_a_frame_of_any_size_arrives_whole(link_pair: Pair, medium: str, size: int) -> None:
     client, server = link_pair(medium)
@@ -56,7 +56,7 @@ def test_a_frame_of_any_size_arrives_whole(link_pair: Pair, medium: str, size: i
             sending.result()
 
 
-@both_media
+@each_medium
 def test_parts_are_gathered_across_slot_borders(link_pair: Pair, medium: str) -> None:
     client, server = link_pair(medium, slot_bytes=1000, num_slots=2, inline_bytes=10)
     chance = random.Random(1)
@@ -69,7 +69,7 @@ def test_parts_are_gathered_across_slot_borders(link_pair: Pair, medium: str) ->
             sending.result()
 
 
-@both_media
+@each_medium
 def test_more_parts_than_one_system_call_takes(link_pair: Pair, medium: str) -> None:
     client, server = link_pair(medium, inline_bytes=30_000)
     client.send(Frame(FrameKind.EXPERT_CALL, [bytes([i % 251]) * 4 for i in range(2000)]))
@@ -77,7 +77,7 @@ def test_more_parts_than_one_system_call_takes(link_pair: Pair, medium: str) -> 
         assert frame.payload == b"".join(bytes([i % 251]) * 4 for i in range(2000))
 
 
-@both_media
+@each_medium
 def test_many_frames_both_ways_from_several_threads(link_pair: Pair, medium: str) -> None:
     """Three senders and two receivers at each end: every frame once, whole, and in order per sender."""
     ends = link_pair(medium, slot_bytes=8192, num_slots=4)
@@ -113,7 +113,7 @@ def test_many_frames_both_ways_from_several_threads(link_pair: Pair, medium: str
             assert [sequence for who, sequence in seen if who == sender] == list(range(per_sender))
 
 
-@both_media
+@each_medium
 def test_receivers_of_one_link_share_the_frames(link_pair: Pair, medium: str) -> None:
     client, server = link_pair(medium)
     with ThreadPoolExecutor(4) as pool:
@@ -123,7 +123,7 @@ def test_receivers_of_one_link_share_the_frames(link_pair: Pair, medium: str) ->
         assert sorted(job.result(20).sequence for job in waiting) == [0, 1, 2, 3]
 
 
-@both_media
+@each_medium
 def test_two_ends_that_send_before_they_receive_do_not_wait_for_each_other(link_pair: Pair, medium: str) -> None:
     """8 MB each way, far more than ring or socket hold, one thread at each end."""
     ends = link_pair(medium, slot_bytes=1 << 16, num_slots=2)
@@ -138,7 +138,7 @@ def test_two_ends_that_send_before_they_receive_do_not_wait_for_each_other(link_
         list(pool.map(send_then_receive, (0, 1)))
 
 
-@both_media
+@each_medium
 def test_small_messages_into_a_full_socket_while_the_peer_does_the_same(link_pair: Pair, medium: str) -> None:
     ends = link_pair(medium)
     count = 3000
@@ -201,7 +201,7 @@ def test_a_peer_that_releases_nothing_is_suspect_within_the_bound(link_pair: Pai
         server.receive(5)
 
 
-@both_media
+@each_medium
 def test_a_peer_that_reads_nothing_is_suspect_within_the_bound(link_pair: Pair, medium: str) -> None:
     client, _ = link_pair(medium, send_timeout_seconds=0.3)
     start = time.monotonic()
@@ -215,7 +215,7 @@ def test_a_peer_that_reads_nothing_is_suspect_within_the_bound(link_pair: Pair, 
     assert time.monotonic() - start < 10
 
 
-@both_media
+@each_medium
 def test_a_frame_above_the_limit_leaves_the_link_usable(link_pair: Pair, medium: str) -> None:
     client, server = link_pair(medium, max_payload_bytes=5000)
     with pytest.raises(LinkError, match="5001 bytes, the limit is 5000"):
@@ -240,7 +240,7 @@ def test_no_memory_for_slots_is_said_and_leaves_the_link_usable(
     assert len(take(server).payload) == 5000
 
 
-@both_media
+@each_medium
 def test_nothing_there_is_none(link_pair: Pair, medium: str) -> None:
     client, server = link_pair(medium)
     assert server.receive(0) is None
@@ -251,7 +251,7 @@ def test_nothing_there_is_none(link_pair: Pair, medium: str) -> None:
     assert take(server).kind is FrameKind.PING
 
 
-@both_media
+@each_medium
 def test_the_descriptor_shows_what_receive_would_give(link_pair: Pair, medium: str) -> None:
     client, server = link_pair(medium)
 
@@ -273,7 +273,7 @@ def test_the_descriptor_shows_what_receive_would_give(link_pair: Pair, medium: s
     assert readable(0)  # the end stays visible
 
 
-@both_media
+@each_medium
 def test_the_descriptor_shows_frames_that_a_sender_read(link_pair: Pair, medium: str) -> None:
     """A sender that waits reads the socket; who polls the descriptor must hear of those frames."""
     client, server = link_pair(medium, slot_bytes=4096, num_slots=2)
@@ -287,7 +287,7 @@ def test_the_descriptor_shows_frames_that_a_sender_read(link_pair: Pair, medium:
     assert take(server).sequence == 1
 
 
-@both_media
+@each_medium
 def test_what_was_sent_before_closing_arrives_before_the_end(link_pair: Pair, medium: str) -> None:
     client, server = link_pair(medium)
     payload = noise(300_000)
@@ -309,7 +309,7 @@ def test_what_was_sent_before_closing_arrives_before_the_end(link_pair: Pair, me
             call()
 
 
-@both_media
+@pytest.mark.parametrize("medium", ["shared_memory", "tcp"])
 def test_a_write_that_closing_breaks_off_says_so(link_pair: Pair, medium: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, server = link_pair(medium)
     assert isinstance(server, StreamLink)
@@ -324,7 +324,7 @@ def test_a_write_that_closing_breaks_off_says_so(link_pair: Pair, medium: str, m
         server.send(Frame(FrameKind.PING))
 
 
-@both_media
+@each_medium
 def test_closing_wakes_whoever_waits(link_pair: Pair, medium: str) -> None:
     client, server = link_pair(medium, slot_bytes=4096, num_slots=1)
     waits = threading.Barrier(3)

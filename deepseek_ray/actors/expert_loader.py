@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +32,17 @@ class ExpertLoader:
         changed: Callable[[], None],
         measure: Callable[[], float] = lambda: 0.0,
         ahead_bytes: float = 0.0,
+        begin_at: float = 0.0,
     ) -> None:
         """`measure` is called in the thread once there are experts; its result is `measured`, until then 0.
 
-        `ahead_bytes`: while it holds none, how much to map ahead of what others have packed.
+        `ahead_bytes`: while it holds none, how much to map ahead of what others have packed. `begin_at`: with which
+        part of what is wanted it begins, 0 to 1; shards that begin with different experts find those that they share
+        packed by each other.
         """
         self._ahead_bytes = ahead_bytes
         self._store = store
+        self._begin_at = begin_at
         self._measure = measure
         self.measured = 0.0
         self._changed = changed
@@ -86,9 +91,10 @@ class ExpertLoader:
 
     def _approach(self, target: Held) -> bool:
         """False when another target came in between."""
-        for layer, experts in target.items():
-            for expert in experts:
-                self._store.load(layer, expert)
+        wanted = [(layer, expert) for layer, experts in target.items() for expert in experts]
+        first = int(self._begin_at * len(wanted))
+        with contextlib.closing(self._store.load_all([*wanted[first:], *wanted[:first]])) as loading:
+            for _ in loading:
                 if self._target is not target:
                     return False
         for layer, experts in self._store.held.items():

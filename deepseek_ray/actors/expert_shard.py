@@ -26,6 +26,9 @@ from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_speed import seconds_per_expert
 from deepseek_ray.models.expert_store import ExpertStore
 
+_GOLDEN_RATIO = 0.618
+"""Its multiples modulo 1 are far from each other, however many there are."""
+
 
 class ExpertShard:
     """Holds the experts the router assigns and answers for them. `actors/shells.py` makes it an actor."""
@@ -65,6 +68,7 @@ class ExpertShard:
             self._store,
             changed=self.report_now,
             measure=self._measure,
+            begin_at=id * _GOLDEN_RATIO % 1,
             ahead_bytes=EXPERTS_SHARE * self._memory_bytes if self._store.device.type == "cpu" else 0,
         )
         self._service = ExpertService(self._listener, self._store, self._hidden_size)

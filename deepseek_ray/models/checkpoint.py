@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.errors import CheckpointError
+from deepseek_ray.models.mapped_memory import is_mapped, let_go
 from deepseek_ray.models.safetensors_file import DTYPES, open_safetensors, require_finite
 from deepseek_ray.models.shapes import mtp_shapes, parameter_shapes, repeats_main_model
 
@@ -43,6 +44,7 @@ class CheckpointReader:
         self.config = ModelConfig.from_dir(self.directory)
         self._check_finite = check_finite
         self._handles: dict[str, Any] = {}
+        self._is_mapped: dict[str, bool] = {}
         self._files = self._find_files()
         self.names = tuple(name for name in self._files if not self._is_scale(name))
         """Every tensor, without the scales of FP8 weights."""
@@ -77,6 +79,15 @@ class CheckpointReader:
         if self._check_finite:
             require_finite(name, tensor, self.directory)
         return tensor.to(wanted)
+
+    def let_go(self, name: str, tensor: Tensor) -> None:
+        """What `tensor(name)` gave is not needed any more: what was mapped for it need not be in memory."""
+        stored = tensor if tensor.dtype == self._stored_dtype(name) else self._handle(name).get_tensor(name)
+        file = self._files[name]
+        if file not in self._is_mapped:
+            self._is_mapped[file] = is_mapped(stored, self.directory / file)
+        if self._is_mapped[file]:
+            let_go(stored)
 
     def check_finite(self) -> None:
         """Read every tensor once; raise CheckpointError naming the first that holds NaN or infinity."""

@@ -39,7 +39,11 @@ class DecoderWeights:
 
     def linear(self, *names: str) -> PackedWeight:
         """One layer; several names are stacked by output features."""
-        return self.kernels.pack([torch.cat([self.plain(name) for name in names])], self.quantization)
+        weights = [self.plain(name) for name in names]
+        packed = self.kernels.pack([torch.cat(weights)], self.quantization)
+        for name, weight in zip(names, weights, strict=True):
+            self.reader.let_go(name, weight)
+        return packed
 
     def bias(self, name: str) -> Tensor | None:
         return self.plain(name, torch.float32) if name in self.reader else None

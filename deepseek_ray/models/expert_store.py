@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -12,8 +14,12 @@ from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
-from deepseek_ray.models.packed_files import PackedExpert, PackedFiles, bring_into_memory
+from deepseek_ray.models.mapped_memory import bring_in
+from deepseek_ray.models.packed_files import PackedExpert, PackedFiles
 from deepseek_ray.nn.moe import ExpertBackend
+
+_MOST_BEHIND = 2
+"""Experts that are packed and not written yet: each is in memory twice."""
 
 
 class ExpertStore:
@@ -50,8 +56,8 @@ class ExpertStore:
         layout = self.kernels.layout
         self._files = PackedFiles(reader, layout, dtype, quantization) if shared_files and layout else None
         for layer, experts in held.items():
-            for expert in experts:
-                self.load(layer, expert)
+            for _ in self.load_all((layer, expert) for expert in experts):
+                pass
             if on_layer:
                 on_layer(layer)
 
@@ -66,7 +72,25 @@ class ExpertStore:
     def load(self, layer: int, expert: int) -> None:
         """Read and pack one expert; harmless when it is here. CheckpointError when its tensors are not usable."""
         if not self.holds(layer, expert):
-            self._put(layer, expert, self._read(layer, expert))
+            self._read(layer, expert)
+
+    def load_all(self, wanted: Iterable[tuple[int, int]]) -> Generator[None]:
+        """`load` of (layer, expert) after (layer, expert), each time it is advanced; at the end, or when it is closed,
+        all that were packed are here. One is written to its file while the next is packed."""
+        with ThreadPoolExecutor(1, "write experts") as writing:
+            behind: deque[Future[None]] = deque()
+            for layer, expert in wanted:
+                if self.holds(layer, expert):
+                    pass
+                elif (mapped := self._found(layer, expert)) is not None:
+                    self._put(layer, expert, mapped)
+                else:
+                    behind.append(writing.submit(self._keep, layer, expert, self._pack(layer, expert)))
+                while len(behind) > _MOST_BEHIND:
+                    behind.popleft().result()
+                yield
+            for written in behind:
+                written.result()
 
     def map_ahead(self, most_bytes: float) -> None:
         """Map the packed files that others have written for experts that are not here, so that `load` finds them mapped
@@ -91,36 +115,48 @@ class ExpertStore:
             if self._files is not None:
                 self._files.forget(layer, expert)
                 self._ahead.pop((layer, expert), None)
-            self._put(layer, expert, self._read(layer, expert))
+            self._read(layer, expert)
 
     def drop(self, layer: int, expert: int) -> None:
         """Forget one expert; its memory is free when the last call that uses it has ended."""
         with self._changing:
             self._layers[layer] = {id: packed for id, packed in self._layers[layer].items() if id != expert}
 
-    def _read(self, layer: int, expert: int) -> PackedExpert:
+    def _read(self, layer: int, expert: int) -> None:
+        if (mapped := self._found(layer, expert)) is not None:
+            self._put(layer, expert, mapped)
+        else:
+            self._keep(layer, expert, self._pack(layer, expert))
+
+    def _found(self, layer: int, expert: int) -> PackedExpert | None:
+        """From its file, if somebody has written it."""
         if self._files is None:
-            return self._pack(layer, expert)
-        if (mapped := self._ahead.pop((layer, expert), None) or self._mapped(layer, expert)) is not None:
-            return mapped
-        packed = self._pack(layer, expert)
-        self._files.write(layer, expert, packed)
-        return self._mapped(layer, expert) or packed
+            return None
+        return self._ahead.pop((layer, expert), None) or self._mapped(layer, expert)
+
+    def _keep(self, layer: int, expert: int, packed: PackedExpert) -> None:
+        """Write it to its file and hold what that maps, or the packed one itself where there are no files."""
+        if self._files is not None:
+            self._files.write(layer, expert, packed)
+            packed = self._mapped(layer, expert) or packed
+        self._put(layer, expert, packed)
 
     def _mapped(self, layer: int, expert: int) -> PackedExpert | None:
-        """From its file, in memory: read one page at a time by the first calls, it would take many times as long."""
+        """In memory, too: read one page at a time by the first calls, it would take many times as long."""
         assert self._files is not None
         if (packed := self._files.read(layer, expert)) is not None:
-            bring_into_memory(packed)
+            for part in packed.parts:
+                bring_in(part)
         return packed
 
     def _pack(self, layer: int, expert: int) -> PackedExpert:
-        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-        gate, up, down = (
-            self._reader.tensor(f"{prefix}.{part}_proj.weight", self._dtype) for part in ("gate", "up", "down")
-        )
+        names = [f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
+        gate, up, down = weights = [self._reader.tensor(name, self._dtype) for name in names]
         gate_up = self.kernels.pack([torch.cat([gate, up])], self._quantization)
-        return PackedExpert(gate_up, self.kernels.pack([down], self._quantization))
+        packed = PackedExpert(gate_up, self.kernels.pack([down], self._quantization))
+        for name, weight in zip(names, weights, strict=True):
+            self._reader.let_go(name, weight)
+        return packed
 
     def _put(self, layer: int, expert: int, packed: PackedExpert) -> None:
         """In a new dictionary each time: whoever computes keeps the one it looked up."""

@@ -11,11 +11,9 @@ be; files of an earlier boot are therefore never read.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
 import struct
@@ -42,8 +40,6 @@ _ALIGNMENT = 128
 """Of the header, too."""
 _MOST_FOLDERS = 8
 """Checkpoints whose packed experts are kept; the one unused for longest goes first."""
-_LIBC = ctypes.CDLL(None)
-_MADV_POPULATE_READ = 22
 _LEAST_FREE = 0.1
 """Part of the disk that stays free: with less, nothing is written."""
 
@@ -55,6 +51,10 @@ class PackedExpert(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [*self.gate_up.parts, *self.down.parts]
 
     def to(self, device: torch.device) -> PackedExpert:
         return PackedExpert(self.gate_up.to(device), self.down.to(device))
@@ -107,7 +107,7 @@ class PackedFiles:
                 return
             with scratch.open("wb") as file:
                 file.write(_header(packed))
-                for part in (part for weight in packed for part in weight.parts):
+                for part in packed.parts:
                     raw = part.contiguous().view(torch.uint8).numpy().reshape(-1)
                     file.write(raw.data)
                     file.write(b"\0" * (_aligned(raw.nbytes) - raw.nbytes))
@@ -132,17 +132,6 @@ class PackedFiles:
 
     def _path(self, layer: int, expert: int) -> Path:
         return self._folder / f"{layer}-{expert}"
-
-
-def bring_into_memory(packed: PackedExpert) -> None:
-    """Read a mapped expert's pages and enter them in this process's page table: its first use costs nothing more.
-
-    Only a hint: before Linux 5.14 nothing happens.
-    """
-    for part in (part for weight in packed for part in weight.parts):
-        start = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        length = part.data_ptr() + part.nbytes - start
-        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_READ)
 
 
 class _Parts:

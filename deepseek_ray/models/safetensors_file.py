@@ -67,8 +67,12 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None
 
 
 def require_finite(name: str, tensor: Tensor, where: object) -> None:
-    """Raise CheckpointError naming the tensor and its first NaN or infinity. A finite sum proves there is none."""
-    if tensor.numel() == 0 or tensor.sum(dtype=torch.float32).isfinite():
+    """Raise CheckpointError naming the tensor and its first NaN or infinity.
+
+    Finite extremes prove there is none (NaN is the extreme of whatever holds it), at the speed of memory; `isfinite` of
+    every element takes ten times as long.
+    """
+    if tensor.numel() == 0 or all(extreme.isfinite() for extreme in tensor.aminmax()):
         return
     bad = (~tensor.isfinite()).nonzero()
     if len(bad):

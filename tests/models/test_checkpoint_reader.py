@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from deepseek_ray.errors import CheckpointError, ConfigError
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.load import load_model
+from deepseek_ray.models.mapped_memory import is_mapped
 
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
 
@@ -260,3 +262,28 @@ def test_too_many_layers_are_not_taken_for_mtp_layers(tmp_path: Path) -> None:
     directory = write_random_checkpoint(tmp_path, tiny_config(num_hidden_layers=4))
     edit_config(directory, num_hidden_layers=3)
     assert "unknown: " in problem(directory)
+
+
+def resident_bytes(path: Path) -> int:
+    """Of this process's mappings of a file."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what is resident")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_of_a_tensor_that_is_let_go_are_not_resident(tmp_path: Path, dtype: torch.dtype) -> None:
+    directory = write_random_checkpoint(tmp_path / "model", tiny_config(vocab_size=20_000))
+    reader, name = CheckpointReader(directory), "model.embed_tokens.weight"
+    tensor = reader.tensor(name, dtype)
+    values, before = tensor.clone(), resident_bytes(directory / "model.safetensors")
+    assert before >= 20_000 * reader.config.hidden_size * 4
+    reader.let_go(name, tensor)
+    assert resident_bytes(directory / "model.safetensors") < before / 2
+    assert torch.equal(reader.tensor(name, dtype), values), "read again, it is what it was"
+    assert not is_mapped(torch.zeros(10), directory / "model.safetensors")

@@ -10,6 +10,7 @@ import torch
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore
+from deepseek_ray.models.packed_files import PackedExpert, PackedFiles
 from deepseek_ray.models.save import save_checkpoint
 from tests.checkpoints import tiny_config, write_random_checkpoint
 
@@ -98,3 +99,62 @@ def write_nan_checkpoint(tmp_path: Path) -> Path:
     broken[3, 4] = torch.nan
     file.write_bytes(content.replace(marker.numpy().tobytes(), broken.numpy().tobytes()))
     return tmp_path / "damaged"
+
+
+def packed_by(store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Experts that a store packs, from now on."""
+    packed: list[tuple[int, int]] = []
+    pack = store._pack
+
+    def watch(layer: int, expert: int) -> PackedExpert:
+        packed.append((layer, expert))
+        return pack(layer, expert)
+
+    monkeypatch.setattr(store, "_pack", watch)
+    return packed
+
+
+@pytest.mark.parametrize("shared_files", [False, True])
+def test_many_are_loaded_once_each_and_are_those_loaded_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_files: bool
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_RAY_CACHE", str(tmp_path / "cache"))
+    reader = CheckpointReader(write_random_checkpoint(tmp_path / "model", tiny_config()))
+    alone = ExpertStore(reader, {}, torch.float32)
+    together = ExpertStore(reader, {}, torch.float32, shared_files=shared_files)
+    wanted = [(layer, expert) for layer in (1, 2) for expert in (0, 3, 5, 7)]
+    together.load(*wanted[2])
+    packed = packed_by(together, monkeypatch)
+    for _ in together.load_all(wanted):
+        pass
+    assert packed == [*wanted[:2], *wanted[3:]]
+    assert together.held == {1: [0, 3, 5, 7], 2: [0, 3, 5, 7]}
+    for layer, expert in wanted:
+        alone.load(layer, expert)
+        assert torch.equal(together.weights_of(layer, expert), alone.weights_of(layer, expert))
+    another = ExpertStore(reader, {}, torch.float32, shared_files=shared_files)
+    packed = packed_by(another, monkeypatch)
+    for _ in another.load_all(wanted):
+        pass
+    assert packed == ([] if shared_files else wanted), "files are found"
+
+
+def test_loading_many_may_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_RAY_CACHE", str(tmp_path / "cache"))
+    reader = CheckpointReader(write_random_checkpoint(tmp_path / "model", tiny_config()))
+    store = ExpertStore(reader, {}, torch.float32, shared_files=True)
+    loading = store.load_all((1, expert) for expert in range(8))
+    next(loading)
+    next(loading)
+    loading.close()
+    assert store.held == {1: [0, 1]}, "what was packed is here"
+
+
+def test_an_expert_that_cannot_be_written_is_held_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_RAY_CACHE", str(tmp_path / "cache"))
+    reader = CheckpointReader(write_random_checkpoint(tmp_path / "model", tiny_config()))
+    store = ExpertStore(reader, {}, torch.float32, shared_files=True)
+    monkeypatch.setattr(PackedFiles, "write", lambda *arguments: None)
+    for _ in store.load_all([(1, 0), (1, 1)]):
+        pass
+    assert store.held == {1: [0, 1]}

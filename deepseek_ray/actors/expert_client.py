@@ -227,8 +227,12 @@ class RemoteExperts(ExpertBackend):
 
     def _hedge(self, ticket: _Ticket) -> None:
         """A call that is overdue goes elsewhere if others have all of its experts; its own answer is then dropped."""
-        overdue = time.monotonic() - self._patience.seconds
-        late = [number for number, pending in ticket.pending.items() if pending.link and pending.sent < overdue]
+        now = time.monotonic()
+        late = [
+            number
+            for number, pending in ticket.pending.items()
+            if pending.link and pending.sent < now - self._patience.seconds(len(pending.places))
+        ]
         for sequence in late:
             call = ticket.pending[sequence].call
             avoid = self._links.avoided | ticket.refused | {call.shard}
@@ -286,7 +290,7 @@ class RemoteExperts(ExpertBackend):
         if len(places) < len(rows) or (len(rows) < len(pending.places) and not pending.flags & ONE_BY_ONE):
             raise LinkError(f"an expert reply has {len(rows)} rows, {len(pending.places)} were wanted")
         now = time.monotonic()
-        self._patience.answered(now - pending.sent)
+        self._patience.answered(now - pending.sent, len(rows))
         pending.sent = now
         if pending.is_computing:
             return

@@ -31,10 +31,13 @@ from benchmarks.roofline import Probes, probe, step_seconds
 CASES = ((1, 128, 24), (8, 128, 12), (32, 32, 8))
 """(sequences, prompt tokens, output tokens)."""
 WARM_UP = {"sequences": 2, "prompt": 8, "tokens": 4, "seed": 0}
-PEERS = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
+PEERS = {"llama.cpp": "llama_cpp", "vllm": "vllm", "llama.cpp Q8_0": "llama_cpp", "llama.cpp Q4_0": "llama_cpp"}
 """Name in the table -> environment."""
-GROUPS = (("llama.cpp", "local", "actors", "int8", "int4"), ("transformers",), ("vllm",), ("fast",))
-"""Systems that are in memory at once."""
+GROUPS = (
+    *(("llama.cpp", "local", "actors"), ("bfloat16", "int8", "int4", "llama.cpp Q8_0", "llama.cpp Q4_0")),
+    *(("transformers",), ("vllm",), ("fast",)),
+)
+"""Systems that are in memory at once; "bfloat16" is "local" once more, beside weights of fewer bits."""
 SYSTEMS = tuple(system for group in GROUPS for system in group)
 _TURNS = 2
 """Of each case and system in a round."""
@@ -88,7 +91,7 @@ def _command(system: str, model_dir: Path, threads: int) -> list[str]:
     if system not in PEERS:
         return [sys.executable, "-m", "benchmarks.generation_drivers", system, str(model_dir), str(threads)]
     peer = PEERS[system]
-    model = gguf_of(model_dir) if system == "llama.cpp" else model_dir
+    model = gguf_of(model_dir, system.partition(" ")[2]) if peer == "llama_cpp" else model_dir
     return [str(python_of(peer)), f"benchmarks/peers/{peer}_driver.py", str(model), str(threads)]
 
 
@@ -122,14 +125,17 @@ def measure(systems: Sequence[str], rounds: int, threads: int) -> dict[str, Any]
     starts: dict[str, list[float]] = {}
     probes: list[Probes] = []
     for seed in range(1, rounds + 1):
-        probes.append(probe(threads))
         for group in GROUPS:
             drivers = {system: Driver(system, model_dir, threads) for system in group if system in systems}
+            if not drivers:
+                continue
             for system, driver in drivers.items():
                 starts.setdefault(system, []).append(driver.start_seconds)
                 print(f"round {seed}: {system}, ready after {driver.start_seconds:.1f} s", flush=True)
                 driver.measure(**WARM_UP)
             for (sequences, prompt, tokens), turn in itertools.product(CASES, range(_TURNS)):
+                if "local" in group:
+                    probes.append(probe(threads))  # takes its turn: the limit is as unsteady as what it limits
                 for system, driver in drivers.items():
                     request = {"sequences": sequences, "prompt": prompt, "tokens": tokens, "seed": seed + 100 * turn}
                     samples.setdefault((system, sequences), []).append(driver.measure(**request))

@@ -73,6 +73,7 @@ def actors_driver(model_dir: str, threads: int) -> Measure:
 DRIVERS: dict[str, Callable[[str, int], Measure]] = {
     "transformers": transformers_driver,
     "local": local_driver,
+    "bfloat16": local_driver,
     "actors": actors_driver,
     "fast": fast_driver,
     "int8": functools.partial(local_driver, quantization="int8"),

@@ -6,7 +6,7 @@ Each stream asks for 32 tokens after a prompt of 128 random ones; 1, 4, 16 and 6
 64 takes minutes on two cores). Time to first token, time between tokens, tokens per second over all streams. `trivial`
 is a Serve application that sends bytes at once: the first of them is what no model behind Serve can beat. `small` is
 `deepseek-ray serve` with a model of 4 M parameters and a prompt of 8 tokens: what is left when the model costs next
-to nothing.
+to nothing. `llm` is `LLM(backend="actors")` with the same work and no HTTP.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from typing import Any
 import httpx
 
 from benchmarks.bench_model import BENCH_MINI, bench_mini_dir, bench_small_dir
+from benchmarks.generation import Driver
 from benchmarks.peers.environments import is_there, python_of
 from benchmarks.results_file import write_results
 
-_TOKENS = 32
+_TOKENS, _PROMPT = 32, 128
+_LLM_STREAMS = 16
 _START_SECONDS = 600.0
 
 
@@ -53,12 +55,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--systems", nargs="+", choices=CASES, default=tuple(CASES))
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     options = parser.parse_args()
     samples: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed in range(options.rounds):
         for system in options.systems:
             if system == "vllm" and not is_there("vllm"):
+                continue
+            if system == "llm":
+                samples.setdefault((system, _LLM_STREAMS), []).append(_llm(options.threads, seed))
+                print(f"round {seed}: llm: {samples[system, _LLM_STREAMS][-1]}", flush=True)
                 continue
             case = CASES[system]
             model_dir = case.model_dir().absolute()
@@ -72,7 +78,7 @@ def main() -> None:
         {
             "system": system,
             "streams": streams,
-            "prompt": CASES[system].prompt,
+            "prompt": _PROMPT if system == "llm" else CASES[system].prompt,
             **{name: _median(found, name) for name in found[0]},
         }
         for (system, streams), found in samples.items()
@@ -165,9 +171,22 @@ def _trivial(model_dir: Path, threads: int, port: int) -> list[str]:
 CASES = {
     "trivial": Case(_trivial, Path, 8, (1,)),
     "small": Case(_serve, bench_small_dir, 8, (1,)),
-    "serve": Case(_serve, bench_mini_dir, 128, (1, 4, 16, 64)),
-    "vllm": Case(_vllm, bench_mini_dir, 128, (1, 4, 16)),
+    "serve": Case(_serve, bench_mini_dir, _PROMPT, (1, 4, 16, 64)),
+    "vllm": Case(_vllm, bench_mini_dir, _PROMPT, (1, 4, 16)),
 }
+SYSTEMS = ("trivial", "small", "serve", "llm", "vllm")
+
+
+def _llm(threads: int, seed: int) -> dict[str, float]:
+    driver = Driver("actors", bench_mini_dir(), threads)
+    driver.measure(sequences=1, prompt=_PROMPT, tokens=_TOKENS, seed=1000 + seed)  # warms up
+    found = driver.measure(sequences=_LLM_STREAMS, prompt=_PROMPT, tokens=_TOKENS, seed=seed)
+    driver.close()
+    first, steps = 1000 * found["prefill"], sorted(1000 * step for step in found["steps"])
+    times = {"first_p50": first, "first_p90": first, "gap_p50": _at(steps, 0.5), "gap_p90": _at(steps, 0.9)}
+    seconds = found["prefill"] + sum(found["steps"])
+    rows = {f"{name}_milliseconds": value for name, value in times.items()}
+    return {**rows, "tokens_per_second": _LLM_STREAMS * _TOKENS / seconds}
 
 
 def _free_port() -> int:

@@ -21,12 +21,17 @@ def is_there(peer: str) -> bool:
     return False
 
 
-def gguf_of(model_dir: Path) -> Path:
-    """The model as llama.cpp reads it, converted at the first call."""
-    path = model_dir.with_suffix(".gguf")
+def gguf_of(model_dir: Path, quantization: str = "") -> Path:
+    """The model as llama.cpp reads it, converted at the first call; `quantization` is llama.cpp's name of one."""
+    path = model_dir.with_suffix(f".{quantization}.gguf" if quantization else ".gguf")
     if not path.exists():
+        if quantization:
+            command = ["llama_cpp_quantize.py", gguf_of(model_dir), quantization, path]
+        else:
+            command = ["llama_cpp_convert.py", python_of("llama_cpp").parent.parent / "source", model_dir, path]
         print(f"converting {model_dir} to {path} ...", flush=True)
-        source = python_of("llama_cpp").parent.parent / "source"
-        command = [python_of("llama_cpp"), "benchmarks/peers/llama_cpp_convert.py", source, model_dir, path]
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+        script, *arguments = map(str, command)
+        subprocess.run(
+            [str(python_of("llama_cpp")), f"benchmarks/peers/{script}", *arguments], check=True, capture_output=True
+        )
     return path

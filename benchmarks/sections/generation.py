@@ -45,7 +45,7 @@ def generation_section(result: dict[str, Any]) -> str:
     systems = {system for system, _ in rows}
     if {"local", "fast"} <= systems:
         lines += _deterministic(rows)
-    if {"local", "int8", "int4"} <= systems:
+    if {"bfloat16", "int8", "int4"} <= systems:
         lines += _integers(rows)
     return "\n".join(lines)
 
@@ -77,16 +77,25 @@ def _integers(rows: Rows) -> list[str]:
     lines = [
         "### Weights of fewer bits",
         "",
-        "The same run, `LLM(quantization=...)` in one process; what it does to the loss is in the next section.",
+        "The same run, `LLM(quantization=...)` in one process, in turns with bfloat16 once more and with llama.cpp at "
+        "the same width; what it does to the loss is in the next section.",
         "",
-        "| sequences | quantization | decode tokens/s | against bfloat16 |",
-        "|---|---|---|---|",
+        "| sequences | weights | prefill tokens/s | decode tokens/s | decode against bfloat16 | against llama.cpp |",
+        "|---|---|---|---|---|---|",
     ]
     for sequences in sorted({sequences for _, sequences in rows}):
-        base = rows["local", sequences]["decode_tokens_per_second"]
-        for kind in ("int8", "int4"):
-            speed = rows[kind, sequences]["decode_tokens_per_second"]
-            lines.append(f"| {sequences} | {kind} | {speed:.1f} | {speed / base:.2f}x |")
+        base = rows["bfloat16", sequences]["decode_tokens_per_second"]
+        for kind, peer in (("bfloat16", ""), ("int8", "llama.cpp Q8_0"), ("int4", "llama.cpp Q4_0")):
+            row, other = rows[kind, sequences], rows.get((peer, sequences))
+            speed = row["decode_tokens_per_second"]
+            against = f"{speed / other['decode_tokens_per_second']:.2f}x" if other else "-"
+            lines.append(
+                f"| {sequences} | {kind} | {row['prefill_tokens_per_second']:.1f} | {speed:.1f} "
+                f"| {speed / base:.2f}x | {against} |"
+            )
+            if other:
+                prefill, decode = other["prefill_tokens_per_second"], other["decode_tokens_per_second"]
+                lines.append(f"| {sequences} | {peer} | {prefill:.1f} | {decode:.1f} | {decode / base:.2f}x | |")
     return [*lines, ""]
 
 

@@ -33,8 +33,8 @@ def http_section(result: dict[str, Any]) -> str:
         f"Random prompts, {result['tokens']} tokens out, "
         f"{measured_on(result)}, {result['threads']} threads, medians of {result['rounds']} rounds "
         f"(`{result['file']}`). "
-        '`serve` and `vllm` have bench-mini, `llm` the same work through `LLM(backend="actors")` (its first token is that '
-        "of the slowest stream); `small` is `deepseek-ray serve` with a model that costs next to nothing, "
+        "`serve` and `vllm` have bench-mini, `llm` the same work by `LLM` through actors (its first token is that of "
+        "the slowest stream); `small` is `deepseek-ray serve` with a model that costs next to nothing, "
         "`trivial` a Serve application without one.",
         "",
         "| streams x prompt | server | first token, ms: p50 / p90 | between tokens, ms: p50 / p90 | tokens/s |",

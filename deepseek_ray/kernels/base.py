@@ -10,9 +10,9 @@ Letters: T tokens (rows), H heads, N output features, K input features, E expert
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,48 @@ class PackedWeight:
     def to(self, device: torch.device) -> PackedWeight:
         data, *scales = (part.to(device) for part in self.parts)
         return PackedWeight(data, self.groups, self.num_out, self.num_in, *scales)
+
+
+class Rotation(NamedTuple):
+    """Of each token, by rotary position embedding."""
+
+    cos: Tensor
+    """[T, P / 2] float32."""
+    sin: Tensor
+    interleaved: bool
+    """Pairs are neighbours, not halves."""
+
+
+class Choice(NamedTuple):
+    """How a gate chooses; see `nn/gate.py`."""
+
+    top_k: int
+    num_groups: int
+    best_groups: int
+    """0: groups do not matter."""
+    two_best: bool
+    """A group is as good as its two best experts together, not as its best one."""
+    is_normalised: bool
+    factor: float
+
+
+class ExpertWeights(Protocol):
+    """One expert: `models/packed_files.PackedExpert`."""
+
+    @property
+    def gate_up(self) -> PackedWeight: ...
+
+    @property
+    def down(self) -> PackedWeight: ...
+
+
+class ExpertTable(NamedTuple):
+    """Where the weights of a layer's experts are. Keeps none of them alive."""
+
+    pointers: NDArray[np.uint64]
+    """[4, E]: data and scales of gate and up, then of down; 0 for what is not here."""
+    like: PackedWeight
+    """The down projection of one of them."""
 
 
 class Kernels(ABC):
@@ -102,6 +144,33 @@ class Kernels(ABC):
         lowest id among equals, at temperature 0. None: choose it otherwise (a logit is not finite, or these kernels
         have no faster way than numpy's)."""
         return None
+
+    def write_latents(
+        self, kv: Tensor, norm: Tensor, eps: float, rotation: Rotation, slots: Tensor, latents: Tensor
+    ) -> bool:
+        """`latents[slots]` = (RMSNorm of the first R, rotation of the last P) of kv [T, R + P]. False: it is to be done
+        with torch's operators, which give the same bits; so it is with None of the three below."""
+        return False
+
+    def turn_query(self, absorbed: Tensor, query: Tensor, rotation: Rotation) -> Tensor | None:
+        """(absorbed [T, H, R], rotation of the last P of query [T, H, N + P]) `-> [T, H, R + P]`, float32."""
+        return None
+
+    def choose_experts(self, scores: Tensor, bias: Tensor | None, choice: Choice) -> tuple[Tensor, Tensor] | None:
+        """Ids [T, K] int64 and weights [T, K] float32 of each token's experts from scores [T, E] float32."""
+        return None
+
+    def combine_slots(self, rows: Tensor, weights: Tensor) -> Tensor | None:
+        """rows [T, K, H] weighed by weights [T, K] float32 and summed in slot order, in float32, rounded once."""
+        return None
+
+    def expert_table(self, experts: Mapping[int, ExpertWeights], num_experts: int) -> ExpertTable | None:
+        """What `run_experts` wants to know of those of a layer that are here; None: there is no such operator."""
+        return None
+
+    def run_experts(self, table: ExpertTable, hidden: Tensor, token_rows: Tensor, ids: Tensor) -> Tensor | None:
+        """Pair p is row `token_rows[p]` of hidden [T, H] and expert `ids[p]` `-> [P, H]`; None: one is not here."""
+        raise NotImplementedError(f"{self.name} has no expert tables")
 
     @abstractmethod
     def latent_attention(

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.errors import DeepSeekRayError
-from deepseek_ray.kernels.base import Kernels, PackedWeight, ScoreKind
+from deepseek_ray.kernels.base import PackedWeight, ScoreKind
+from deepseek_ray.kernels.native_steps import DTYPES, NativeSteps, declare
 from deepseek_ray.kernels.quantize import INT4_GROUP, Quantization
 
 _SOURCES = Path(__file__).with_name("cpp")
@@ -31,7 +32,6 @@ _FLAGS = [
     *["-pthread", "-fPIC"],
 ]
 _LANES = 16
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
 
 
 class KernelBuildError(DeepSeekRayError):
@@ -62,6 +62,7 @@ def load_library() -> ctypes.CDLL:
                 _build(compiler, path)
     library = ctypes.CDLL(str(path))
     library.dr_check()
+    declare(library)
     library.dr_sample.restype = ctypes.c_int64
     return library
 
@@ -109,7 +110,7 @@ def _require_success(compiler: str, status: int, said: str) -> None:
         raise KernelBuildError(f"{compiler} could not build the kernels (exit {status}): {said[-500:]}")
 
 
-class NativeKernels(Kernels):
+class NativeKernels(NativeSteps):
     """Row-invariant C++ on the CPU. Packed weights are as `cpp/linear.cpp` says."""
 
     name = "native C++"
@@ -148,7 +149,7 @@ class NativeKernels(Kernels):
             self._library.dr_pack(
                 ctypes.c_void_p(weight.data_ptr()),
                 ctypes.c_int64(weight.stride(0)),
-                _DTYPES[dtype],
+                DTYPES[dtype],
                 ctypes.c_int64(num_out),
                 ctypes.c_int64(num_in),
                 ctypes.c_void_p(packed.data_ptr()),
@@ -170,7 +171,7 @@ class NativeKernels(Kernels):
         pack(
             ctypes.c_void_p(weight.data_ptr()),
             ctypes.c_int64(weight.stride(0)),
-            _DTYPES[weight.dtype],
+            DTYPES[weight.dtype],
             ctypes.c_int64(num_out),
             ctypes.c_int64(num_in),
             ctypes.c_void_p(data.data_ptr()),
@@ -239,13 +240,13 @@ class NativeKernels(Kernels):
             (ctypes.c_int64 * count)(*rows),
             (ctypes.c_void_p * count)(*x_pointers),
             ctypes.c_int64(x.stride(0)),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             (ctypes.c_void_p * count)(*weight_pointers),
-            _DTYPES[like.data.dtype],
+            DTYPES[like.data.dtype],
             scales,
             (ctypes.c_void_p * count)(*out_pointers),
             ctypes.c_int64(out.stride(0)),
-            _DTYPES[out.dtype],
+            DTYPES[out.dtype],
             ctypes.c_int64(like.num_out),
             ctypes.c_int64(like.num_in),
             self._threads,
@@ -260,7 +261,7 @@ class NativeKernels(Kernels):
             ctypes.c_void_p(weight.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
             ctypes.c_int64(out.stride(0)),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             ctypes.c_int64(x.shape[0]),
             ctypes.c_int64(x.shape[1]),
             ctypes.c_float(eps),
@@ -275,7 +276,7 @@ class NativeKernels(Kernels):
         self._library.dr_silu_mul(
             ctypes.c_void_p(gate_up.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
-            _DTYPES[gate_up.dtype],
+            DTYPES[gate_up.dtype],
             ctypes.c_int64(rows),
             ctypes.c_int64(width),
             self._threads,
@@ -320,7 +321,7 @@ class NativeKernels(Kernels):
         self._library.dr_latent_attention(
             ctypes.c_void_p(query.data_ptr()),
             ctypes.c_void_p(cache.data_ptr()),
-            _DTYPES[cache.dtype],
+            DTYPES[cache.dtype],
             ctypes.c_void_p(block_tables.data_ptr()),
             ctypes.c_int64(block_tables.shape[1]),
             ctypes.c_int64(block_size),

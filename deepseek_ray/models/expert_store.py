@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.base import ExpertTable, Kernels
 from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -20,6 +21,20 @@ from deepseek_ray.nn.moe import ExpertBackend
 
 _MOST_BEHIND = 2
 """Experts that are packed and not written yet: each is in memory twice."""
+
+
+class _Layer:
+    """Experts of a layer that are here; never changed, so whoever computes keeps those that it began with."""
+
+    def __init__(self, experts: dict[int, PackedExpert], kernels: Kernels, num_experts: int) -> None:
+        self.experts = experts
+        self._kernels = kernels
+        self._num_experts = num_experts
+
+    @functools.cached_property
+    def table(self) -> ExpertTable | None:
+        """Made by the first call: experts that come one by one make none in between."""
+        return self._kernels.expert_table(self.experts, self._num_experts)
 
 
 class ExpertStore:
@@ -50,7 +65,7 @@ class ExpertStore:
         self._reader = reader
         self._dtype = dtype
         self.device = torch.device(device)
-        self._layers: dict[int, dict[int, PackedExpert]] = {}
+        self._layers: dict[int, _Layer] = {}
         self._ahead: dict[tuple[int, int], PackedExpert] = {}
         self._changing = threading.Lock()
         layout = self.kernels.layout
@@ -64,10 +79,11 @@ class ExpertStore:
     @property
     def held(self) -> dict[int, list[int]]:
         """layer -> logical experts that are here, in order."""
-        return {layer: sorted(experts) for layer, experts in list(self._layers.items()) if experts}
+        return {layer: sorted(here.experts) for layer, here in list(self._layers.items()) if here.experts}
 
     def holds(self, layer: int, expert: int) -> bool:
-        return expert in self._layers.get(layer, ())
+        here = self._layers.get(layer)
+        return here is not None and expert in here.experts
 
     def load(self, layer: int, expert: int) -> None:
         """Read and pack one expert; harmless when it is here. CheckpointError when its tensors are not usable."""
@@ -120,7 +136,8 @@ class ExpertStore:
     def drop(self, layer: int, expert: int) -> None:
         """Forget one expert; its memory is free when the last call that uses it has ended."""
         with self._changing:
-            self._layers[layer] = {id: packed for id, packed in self._layers[layer].items() if id != expert}
+            here = self._layers[layer].experts
+            self._hold(layer, {id: packed for id, packed in here.items() if id != expert})
 
     def _read(self, layer: int, expert: int) -> None:
         if (mapped := self._found(layer, expert)) is not None:
@@ -159,13 +176,16 @@ class ExpertStore:
         return packed
 
     def _put(self, layer: int, expert: int, packed: PackedExpert) -> None:
-        """In a new dictionary each time: whoever computes keeps the one it looked up."""
         with self._changing:
-            self._layers[layer] = {**self._layers.get(layer, {}), expert: packed.to(self.device)}
+            here = self._layers[layer].experts if layer in self._layers else {}
+            self._hold(layer, {**here, expert: packed.to(self.device)})
+
+    def _hold(self, layer: int, experts: dict[int, PackedExpert]) -> None:
+        self._layers[layer] = _Layer(experts, self.kernels, self._reader.config.n_routed_experts)
 
     def weights_of(self, layer: int, expert: int) -> Tensor:
         """The packed down projection of one expert, a view: whoever writes to it changes the expert."""
-        return self._layers[layer][expert].down.data
+        return self._layers[layer].experts[expert].down.data
 
     def run(self, layer: int, hidden: Tensor, token_rows: Tensor, expert_ids: Tensor) -> Tensor | None:
         """One row per (token, expert) pair, in the order of the pairs, unweighted; None when an expert is not here.
@@ -176,9 +196,18 @@ class ExpertStore:
         hidden, token_rows, expert_ids = (part.to(self.device) for part in (hidden, token_rows, expert_ids))
         if not len(expert_ids):
             return hidden.new_empty(0, hidden.shape[1])
+        here = self._layers.get(layer)
+        if here is None:
+            return None
+        if (table := here.table) is not None:
+            return self.kernels.run_experts(table, hidden, token_rows, expert_ids)
+        return self._run_in_groups(here.experts, hidden, token_rows, expert_ids)
+
+    def _run_in_groups(
+        self, here: Mapping[int, PackedExpert], hidden: Tensor, token_rows: Tensor, expert_ids: Tensor
+    ) -> Tensor | None:
         order = expert_ids.argsort(stable=True)
         present, counts = expert_ids[order].unique_consecutive(return_counts=True)
-        here = self._layers.get(layer, {})
         experts = [here[expert] for expert in present.tolist() if expert in here]
         if len(experts) < len(present):
             return None

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.config.model import ModelConfig
-from deepseek_ray.kernels.base import Kernels, PackedWeight
+from deepseek_ray.kernels.base import Kernels, PackedWeight, Rotation
 from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.decoder_weights import DecoderWeights, biased
-from deepseek_ray.nn.gate import choose_experts
+from deepseek_ray.nn.gate import choice_of, choose_experts
 from deepseek_ray.nn.moe import ExpertBackend, combine_slots
 from deepseek_ray.nn.norm import LATENT_NORM_EPS
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
@@ -250,10 +250,13 @@ class _LatentAttention:
         query = kernels.linear(self._query_input(hidden), self._q, torch.float32)
         query = query.view(hidden.shape[0], config.num_attention_heads, config.qk_head_dim)
         nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        rope = apply_rope(rope, cos[:, None], sin[:, None], config.rope_interleave)
         absorbed = kernels.per_head_linear(nope, self._w_uk)
+        turned = kernels.turn_query(absorbed, query, Rotation(cos, sin, config.rope_interleave))
+        if turned is None:
+            rope = apply_rope(rope, cos[:, None], sin[:, None], config.rope_interleave)
+            turned = torch.cat([absorbed, rope], dim=-1)
         mixed = kernels.latent_attention(
-            torch.cat([absorbed, rope], dim=-1),
+            turned,
             latents,
             batch.block_tables,
             batch.sequence_rows,
@@ -275,6 +278,9 @@ class _LatentAttention:
         """`(RMSNorm(c), RoPE(k_rope))` of the step's tokens, `[T, R + P]`, into the cache."""
         config = self._config
         kv = biased(self._kernels, hidden, self._kv_a, self._kv_a_bias)
+        rotation = Rotation(cos, sin, config.rope_interleave)
+        if self._kernels.write_latents(kv, self._kv_norm, LATENT_NORM_EPS, rotation, slots, latents):
+            return
         compressed, rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         compressed = self._kernels.rms_norm(compressed, self._kv_norm, LATENT_NORM_EPS)
         rope = apply_rope(rope.float(), cos, sin, config.rope_interleave)
@@ -311,13 +317,15 @@ class _Moe:
         self._experts = experts
         self._gate = weights.kernels.pack([weights.plain(f"{prefix}.gate.weight", torch.float32)])
         self._bias = weights.bias(f"{prefix}.gate.e_score_correction_bias")
+        self._choice = choice_of(config)
         self._shared = _Mlp(f"{prefix}.shared_experts", weights) if config.n_shared_experts else None
 
     def begin(self, hidden: Tensor, first_row: int) -> Callable[[], Tensor]:
         """Ask the experts; the result waits for them."""
         logits = self._kernels.linear(hidden, self._gate, torch.float32)
         scores = self._kernels.scores(logits, self._config.scoring_func)
-        expert_ids, slot_weights = choose_experts(scores, self._bias, self._config)
+        chosen = self._kernels.choose_experts(scores, self._bias, self._choice)
+        expert_ids, slot_weights = chosen or choose_experts(scores, self._bias, self._config)
         there = self._experts.device
         ticket = self._experts.dispatch(self._layer, hidden.to(there), expert_ids.to(there), first_row)
         if self._shared is None:
@@ -330,4 +338,5 @@ class _Moe:
 
     def _combine(self, ticket: Any, slot_weights: Tensor, hidden: Tensor) -> Tensor:
         rows = self._experts.combine(ticket).to(hidden.device)
-        return combine_slots(rows, slot_weights).to(hidden.dtype)
+        combined = self._kernels.combine_slots(rows, slot_weights)
+        return combine_slots(rows, slot_weights).to(hidden.dtype) if combined is None else combined

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.kernels.base import Choice
 
 
 class GateOutput(NamedTuple):
@@ -48,6 +49,18 @@ def choose_experts(scores: Tensor, bias: Tensor | None, config: ModelConfig) -> 
     if config.norm_topk_prob and config.scoring_func == "sigmoid":
         weights = weights / (_sum_in_order(weights) + 1e-20)
     return expert_ids, weights * config.routed_scaling_factor
+
+
+def choice_of(config: ModelConfig) -> Choice:
+    """What `choose_experts` does, in numbers."""
+    return Choice(
+        top_k=config.num_experts_per_tok,
+        num_groups=config.n_group,
+        best_groups=0 if config.topk_method == "greedy" else config.topk_group,
+        two_best=config.topk_method == "noaux_tc",
+        is_normalised=config.norm_topk_prob and config.scoring_func == "sigmoid",
+        factor=config.routed_scaling_factor,
+    )
 
 
 def select_experts(logits: Tensor, bias: Tensor | None, config: ModelConfig) -> GateOutput:

@@ -1,6 +1,6 @@
 // Norms, activations and gate scores: row by row, statistics in float32.
 
-#include "lanes.h"
+#include "norm.h"
 #include "pool.h"
 
 extern "C" {
@@ -9,17 +9,7 @@ extern "C" {
 void dr_rms_norm(const void* x, int64_t x_stride, const float* weight, void* out, int64_t out_stride, int32_t dtype,
                  int64_t rows, int64_t width, float eps, int32_t threads) {
     pool::run(rows, rows * width > kSmallWork ? threads : 1, [&](int64_t r) {
-        const void* row = at(x, r * x_stride, dtype);
-        Vec squares = Vec::zero();
-        for (int64_t i = 0; i < width; i += kLanes) {
-            Vec v = load_some(at(row, i, dtype), width - i, dtype);
-            squares = squares.fma(v, v);
-        }
-        Vec scale = Vec::all(1.0f / std::sqrt(sum_lanes(squares) / float(width) + eps));
-        for (int64_t i = 0; i < width; i += kLanes) {
-            Vec v = load_some(at(row, i, dtype), width - i, dtype) * scale;
-            store_some(v * load_some(weight + i, width - i, kFloat32), at(out, r * out_stride + i, dtype), width - i, dtype);
-        }
+        norm_row(at(x, r * x_stride, dtype), weight, at(out, r * out_stride, dtype), dtype, width, eps);
     });
 }
 

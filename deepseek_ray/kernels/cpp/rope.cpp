@@ -1,0 +1,65 @@
+// What lies between the products of absorbed attention: rotation, and the places that latents and queries go to.
+//
+// Each call stands for a dozen small operations of torch, which cost a decode step more than their arithmetic.
+
+#include "norm.h"
+#include "pool.h"
+
+namespace {
+
+inline float one(const void* p, int64_t i, int32_t dtype) {
+    if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(p)[i]) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+
+// Turns the pairs of x [2 * half] by their angles; pairs are neighbours (interleaved) or halves, and come out as halves.
+inline void turn(const void* x, int32_t dtype, const float* cosine, const float* sine, int64_t half, bool interleaved,
+                 float* out) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = one(x, interleaved ? 2 * i : i, dtype), second = one(x, interleaved ? 2 * i + 1 : i + half, dtype);
+        const float a = first * cosine[i], b = second * sine[i], c = second * cosine[i], d = first * sine[i];
+        out[i] = a - b;
+        out[half + i] = c + d;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// kv [tokens, rank + 2 * half] -> latents[slots[t]] = (norm of the first `rank`, rotation of the rest), of one dtype.
+void dr_write_latents(const void* kv, int64_t stride, int32_t dtype, int64_t tokens, int64_t rank, int64_t half,
+                      const float* weight, float eps, const float* cosine, const float* sine, int32_t interleaved,
+                      const int64_t* slots, void* latents, int32_t threads) {
+    const int64_t width = rank + 2 * half;
+    pool::run(tokens, tokens * width > kSmallWork ? threads : 1, [&](int64_t t) {
+        const void* row = at(kv, t * stride, dtype);
+        void* to = at(latents, slots[t] * width, dtype);
+        norm_row(row, weight, to, dtype, rank, eps);
+        thread_local std::vector<float> turned;
+        turned.resize(size_t(2 * half));
+        turn(at(row, rank, dtype), dtype, cosine + t * half, sine + t * half, half, interleaved, turned.data());
+        for (int64_t i = 0; i < 2 * half; i += kLanes)
+            store_some(load_some(turned.data() + i, 2 * half - i, kFloat32), at(to, rank + i, dtype), 2 * half - i, dtype);
+    });
+}
+
+// out [tokens, heads, rank + 2 * half] = (absorbed [tokens, heads, rank], rotation of the last 2 * half of query
+// [tokens, heads, width]), float32.
+void dr_turn_query(const float* absorbed, const float* query, int64_t tokens, int64_t heads, int64_t width, int64_t rank,
+                   int64_t half, const float* cosine, const float* sine, int32_t interleaved, float* out, int32_t threads) {
+    pool::run(tokens, tokens * heads * (rank + 2 * half) > kSmallWork ? threads : 1, [&](int64_t t) {
+        for (int64_t h = 0; h < heads; ++h) {
+            const int64_t row = t * heads + h;
+            float* to = out + row * (rank + 2 * half);
+            std::memcpy(to, absorbed + row * rank, size_t(rank) * 4);
+            turn(query + (row + 1) * width - 2 * half, kFloat32, cosine + t * half, sine + t * half, half, interleaved,
+                 to + rank);
+        }
+    });
+}
+
+}  // extern "C"

@@ -55,19 +55,18 @@ def transformers_driver(model_dir: str, threads: int) -> Measure:
 
 
 def local_driver(model_dir: str, threads: int, **changes: Any) -> Measure:
-    return _measure(LocalBackend(_config(model_dir, threads).model_copy(update=changes)))
+    return measure_backend(LocalBackend(local_config(model_dir, threads).model_copy(update=changes)))
 
 
 def fast_driver(model_dir: str, threads: int) -> Measure:
-    engine = _config(model_dir, threads).engine.model_copy(update={"deterministic": False})
+    engine = local_config(model_dir, threads).engine.model_copy(update={"deterministic": False})
     return local_driver(model_dir, threads, engine=engine)
 
 
 def actors_driver(model_dir: str, threads: int) -> Measure:
-    """Two shards that hold all experts: on one node they share the memory of the packed files."""
     from deepseek_ray.actors.offline import ActorsBackend
 
-    return _measure(ActorsBackend(_config(model_dir, threads).model_copy(update={"expert_replicas": 2})))
+    return measure_backend(ActorsBackend(actors_config(model_dir, threads)))
 
 
 DRIVERS: dict[str, Callable[[str, int], Measure]] = {
@@ -86,13 +85,18 @@ def prompts(request: dict[str, Any], vocab_size: int = 32000) -> list[list[int]]
     return torch.randint(vocab_size, (request["sequences"], request["prompt"]), generator=generator).tolist()
 
 
-def _config(model_dir: str, threads: int) -> DeploymentConfig:
+def local_config(model_dir: str, threads: int) -> DeploymentConfig:
     # Rounds repeat their prompts, and each is to be computed.
     engine = EngineConfig(max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=1024, prefix_caching=False)
     return DeploymentConfig(model_dir=model_dir, dtype="bfloat16", threads=threads, engine=engine)
 
 
-def _measure(backend: OfflineBackend) -> Measure:
+def actors_config(model_dir: str, threads: int) -> DeploymentConfig:
+    """Two shards that hold all experts: on one node they share the memory of the packed files."""
+    return local_config(model_dir, threads).model_copy(update={"expert_replicas": 2})
+
+
+def measure_backend(backend: OfflineBackend) -> Measure:
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         requests = [
             GenerateRequest(

@@ -9,6 +9,7 @@ BENCHMARKS = (
     *(
         "frame_round_trip",
         "generation",
+        "step_profile",
         "startup",
         "quantization",
         "speculation",

@@ -16,6 +16,7 @@ from benchmarks.sections.generation import (
     quantization_section,
     speculation_section,
     startup_section,
+    step_profile_section,
 )
 from benchmarks.sections.placement import placement_section
 from benchmarks.sections.serving import frames_section, http_section, long_context_section, simulation_section
@@ -32,6 +33,7 @@ This page is written by `python -m benchmarks.tables` from `benchmarks/results/`
 def main() -> None:
     written = {
         "generation": generation_section,
+        "step_profile": step_profile_section,
         "startup": startup_section,
         "quantization": quantization_section,
         "speculation": speculation_section,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-_PYTEST = [sys.executable, "-m", "pytest"]
+_PYTEST = [sys.executable, "-m", "pytest", "--durations=12"]
 _SHARING, _REST = "cluster and not apart and not slow", "(apart or not cluster) and not slow"
 _NO_TESTS = 5
 """pytest's exit code when nothing was selected: then the other half has it."""

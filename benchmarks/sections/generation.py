@@ -174,3 +174,43 @@ def startup_section(result: dict[str, Any]) -> str:
             f"| {row['memory_bytes'] / 2**30:.1f} |"
         )
     return "\n".join([*lines, ""])
+
+
+_GROUPS = {
+    "routed experts": ("run_experts",),
+    "other products": ("linear", "per_head_linear"),
+    "attention over latents": ("latent_attention",),
+}
+
+
+def step_profile_section(result: dict[str, Any]) -> str:
+    """Operators of a decode step, and of a step through actors what shards compute."""
+    lines = [
+        "## Where the time of a decode step goes",
+        "",
+        f"bench-mini, bfloat16; {measured_on(result)}, {result['threads']} threads (`{result['file']}`). Of one "
+        "process the operators with how fast they read their weights (with more rows they multiply instead of waiting "
+        "for memory), beside reading memory with torch at that moment; of actors what the two shards compute of it.",
+        "",
+        "| sequences | step, ms | of it | ms | GB/s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        step, first = row["step_milliseconds"], f"| {row['sequences']} | {row['step_milliseconds']:.1f} |"
+        if row["system"] == "actors":
+            computed = " and ".join(f"{each:.1f}" for each in row["computed_by_shards"])
+            lines.append(f"{first} actors: shards compute | {computed} | |")
+            lines.append(f"| | | actors: attention, frames, waiting | {step - max(row['computed_by_shards']):.1f} | |")
+            continue
+        lines.append(f"{first} (reading memory) | | {row['read_gigabytes_per_second']:.1f} |")
+        named = {name for names in _GROUPS.values() for name in names}
+        groups = _GROUPS | {"other operators": tuple(name for name in row["operators"] if name not in named)}
+        left = step
+        for group, names in groups.items():
+            own = [row["operators"][name] for name in names if name in row["operators"]]
+            spent = sum(each["milliseconds"] for each in own)
+            read = sum(each["milliseconds"] * each["gigabytes_per_second"] for each in own) / spent if spent else 0.0
+            left -= spent
+            lines.append(f"| | | {group} | {spent:.1f} | {f'{read:.1f}' if read else ''} |")
+        lines.append(f"| | | Python and torch in between | {max(0.0, left):.1f} | |")
+    return "\n".join([*lines, ""])

@@ -6,6 +6,7 @@ Part of `NativeKernels`. Each gives the bits of the torch operators that it repl
 from __future__ import annotations
 
 import ctypes
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -49,8 +50,8 @@ class NativeSteps(Kernels):
     _library: ctypes.CDLL
 
     @property
-    def _threads(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _threads(self) -> int: ...
 
     def write_latents(
         self, kv: Tensor, norm: Tensor, eps: float, rotation: Rotation, slots: Tensor, latents: Tensor

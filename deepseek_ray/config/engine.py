@@ -53,6 +53,9 @@ class EngineConfig(FrozenConfig):
     where the shards are on nodes of their own and steps are large. Each part reads the weights once more."""
     speculative: SpeculativeConfig | None = None
     """Draft tokens and check several in one step; None computes one token of each sequence at a time."""
+    cuda_graphs: bool = True
+    """Replay decode steps as CUDA graphs where attention and experts are on the GPU of one process (`LLM`); off, every
+    operator of a step is launched by itself, which saves the seconds that capturing takes."""
     seed: int = 0
     """Seed of requests that bring none (mixed with the request id)."""
 

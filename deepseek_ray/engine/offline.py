@@ -19,6 +19,7 @@ from deepseek_ray.kernels.select import select_kernels, usable_device
 from deepseek_ray.messages import GenerateRequest, TokenEvent
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
+from deepseek_ray.models.graphed_decoder import GraphedDecoder
 from deepseek_ray.models.paged_decoder import PagedDecoder
 
 _WORTH_FILES = 256 * 2**20
@@ -72,11 +73,13 @@ class LocalBackend(OfflineBackend):
             device=expert_device,
             quantization=bits,
         )
-        decoder = PagedDecoder(
+        kernels = select_kernels(config.engine.deterministic, attention_device)
+        is_graphed = config.engine.cuda_graphs and kernels.is_capturable and bits is None
+        decoder = (GraphedDecoder if is_graphed and expert_device == attention_device else PagedDecoder)(
             reader,
             dtype,
             LocalExperts(store),
-            select_kernels(config.engine.deterministic, attention_device),
+            kernels,
             device=attention_device,
             quantization=bits,
             with_mtp=config.engine.uses_mtp,

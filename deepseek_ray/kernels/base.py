@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 from deepseek_ray.kernels.quantize import Quantization
 
 ScoreKind = Literal["sigmoid", "softmax"]
+MAX_DECODE_TOKENS = 8
+"""Of a sequence in a step: with more, as in prefill, gathering its latents for all of them pays on a GPU."""
 
 
 class PackedWeight:
@@ -84,21 +86,14 @@ class ExpertWeights(Protocol):
     def down(self) -> PackedWeight: ...
 
 
-class ExpertTable(NamedTuple):
-    """Where the weights of a layer's experts are. Keeps none of them alive."""
-
-    pointers: NDArray[np.uint64]
-    """[4, E]: data and scales of gate and up, then of down; 0 for what is not here."""
-    like: PackedWeight
-    """The down projection of one of them."""
-
-
 class Kernels(ABC):
     """What the paged decoder and the expert shards compute with."""
 
     name: str
     layout: str | None = None
     """Name of the layout of packed weights, the same for the same bytes; None keeps them out of files."""
+    is_capturable: bool = False
+    """Whether a decode step of them can be captured as a CUDA graph: nothing in it waits for the device."""
 
     def computing(self) -> AbstractContextManager[None]:
         """Around a step of operators, of these and of torch, in this thread."""
@@ -164,11 +159,12 @@ class Kernels(ABC):
         """rows [T, K, H] weighed by weights [T, K] float32 and summed in slot order, in float32, rounded once."""
         return None
 
-    def expert_table(self, experts: Mapping[int, ExpertWeights], num_experts: int) -> ExpertTable | None:
-        """What `run_experts` wants to know of those of a layer that are here; None: there is no such operator."""
+    def expert_table(self, experts: Mapping[int, ExpertWeights], num_experts: int) -> Any | None:
+        """What `run_experts` wants to know of those of a layer that are here, without keeping any of them alive; None:
+        there is no such operator."""
         return None
 
-    def run_experts(self, table: ExpertTable, hidden: Tensor, token_rows: Tensor, ids: Tensor) -> Tensor | None:
+    def run_experts(self, table: Any, hidden: Tensor, token_rows: Tensor, ids: Tensor) -> Tensor | None:
         """Pair p is row `token_rows[p]` of hidden [T, H] and expert `ids[p]` `-> [P, H]`; None: one is not here."""
         raise NotImplementedError(f"{self.name} has no expert tables")
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from deepseek_ray.kernels.base import Choice, ExpertTable, ExpertWeights, Kernels, Rotation
+from deepseek_ray.kernels.base import Choice, ExpertWeights, Kernels, PackedWeight, Rotation
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
 _LONG, _POINTER, _INT, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -42,6 +44,15 @@ def declare(library: ctypes.CDLL) -> None:
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = None
     library.dr_experts.restype = _INT
+
+
+class ExpertTable(NamedTuple):
+    """Where the weights of a layer's experts are."""
+
+    pointers: NDArray[np.uint64]
+    """[4, E]: data and scales of gate and up, then of down; 0 for what is not here."""
+    like: PackedWeight
+    """The down projection of one of them."""
 
 
 class NativeSteps(Kernels):

@@ -24,7 +24,7 @@ def select_kernels(deterministic: bool, device: torch.device) -> Kernels:
     if device.type != "cuda":
         return FastKernels()
     try:
-        from deepseek_ray.kernels.gpu import GpuKernels  # triton comes with torch for CUDA only
+        from deepseek_ray.kernels.gpu.operators import GpuKernels  # triton comes with torch for CUDA only
     except ImportError as error:
         logger.warning("no Triton (%s): the GPU computes with torch's operators alone", error)
         return FastKernels()

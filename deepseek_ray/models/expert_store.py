@@ -7,11 +7,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseek_ray.kernels.base import ExpertTable, Kernels
+from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -32,7 +33,7 @@ class _Layer:
         self._num_experts = num_experts
 
     @functools.cached_property
-    def table(self) -> ExpertTable | None:
+    def table(self) -> Any | None:
         """Made by the first call: experts that come one by one make none in between."""
         return self._kernels.expert_table(self.experts, self._num_experts)
 

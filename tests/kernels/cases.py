@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.kernels.base import Rotation
+from tests.checkpoints import tiny_config
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -32,3 +36,22 @@ def paged_case(dtype: torch.dtype, tokens: int, longest: int = 16, seed: int = 0
         "value_width": 32,
         "scale": 0.3,
     }
+
+
+def rotation(tokens: int, pairs: int, interleaved: bool) -> Rotation:
+    angles = random(tokens, pairs, seed=5) * 3
+    return Rotation(angles.cos(), angles.sin(), interleaved)
+
+
+GATES: list[dict[str, Any]] = [
+    {"topk_method": "greedy", "scoring_func": "softmax", "routed_scaling_factor": 2.5},
+    {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_group": 4, "topk_group": 2},
+    {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1},
+    {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 1.7},
+    {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+]
+
+
+def gate_config(**changes: Any) -> ModelConfig:
+    version = "deepseek_v2" if changes["scoring_func"] == "softmax" else "deepseek_v3"
+    return tiny_config(n_routed_experts=32, num_experts_per_tok=5, model_type=version, **changes)

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_ray.config.model import ModelConfig
-from deepseek_ray.kernels.base import Rotation
 from deepseek_ray.kernels.native import NativeKernels
 from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -19,14 +17,9 @@ from deepseek_ray.nn.moe import combine_slots
 from deepseek_ray.nn.norm import LATENT_NORM_EPS
 from deepseek_ray.nn.rope import apply_rope
 from tests.checkpoints import tiny_config, write_random_checkpoint
-from tests.kernels.cases import DTYPES, random
+from tests.kernels.cases import DTYPES, GATES, gate_config, random, rotation
 
 NATIVE = NativeKernels()
-
-
-def rotation(tokens: int, pairs: int, interleaved: bool) -> Rotation:
-    angles = random(tokens, pairs, seed=5) * 3
-    return Rotation(angles.cos(), angles.sin(), interleaved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,20 +45,6 @@ def test_queries_are_turned(interleaved: bool, tokens: int) -> None:
     turned = rotation(tokens, 7, interleaved)
     rope = apply_rope(query[..., 30:], turned.cos[:, None], turned.sin[:, None], interleaved)
     assert torch.equal(NATIVE.turn_query(absorbed, query, turned), torch.cat([absorbed, rope], dim=-1))
-
-
-GATES: list[dict[str, Any]] = [
-    {"topk_method": "greedy", "scoring_func": "softmax", "routed_scaling_factor": 2.5},
-    {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_group": 4, "topk_group": 2},
-    {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1},
-    {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 1.7},
-    {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
-]
-
-
-def gate_config(**changes: Any) -> ModelConfig:
-    version = "deepseek_v2" if changes["scoring_func"] == "softmax" else "deepseek_v3"
-    return tiny_config(n_routed_experts=32, num_experts_per_tok=5, model_type=version, **changes)
 
 
 @pytest.mark.parametrize("gate", GATES)

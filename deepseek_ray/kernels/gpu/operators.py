@@ -1,0 +1,81 @@
+"""`FastKernels` on a CUDA device: products of whole batches by torch, everything between them in Triton.
+
+No operator of a decode step waits for the GPU, so that a step can be captured as a graph (`models/graphed_decoder.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepseek_ray.kernels.base import MAX_DECODE_TOKENS, Choice, ExpertWeights, Rotation
+from deepseek_ray.kernels.fast import FastKernels
+from deepseek_ray.kernels.gpu import experts, gate, latents, rows
+from deepseek_ray.kernels.native import KernelBuildError, NativeKernels
+
+
+class GpuKernels(FastKernels):
+    """See the module. Weights of fewer bits have no operator of ours yet: their experts are torch's, one by one."""
+
+    name = "Triton and torch, whole batches"
+    is_capturable = True
+
+    def __init__(self) -> None:
+        try:
+            self._on_host: NativeKernels | None = NativeKernels()
+        except KernelBuildError:
+            self._on_host = None
+
+    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
+        """On the host, where the logits are by then."""
+        return None if self._on_host is None else self._on_host.sample(logits, temperature, number)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rows.rms_norm(x, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return rows.silu_mul(gate_up)
+
+    def combine_slots(self, rows_of_slots: Tensor, weights: Tensor) -> Tensor:
+        return rows.combine_slots(rows_of_slots, weights)
+
+    def choose_experts(self, scores: Tensor, bias: Tensor | None, choice: Choice) -> tuple[Tensor, Tensor]:
+        return gate.choose_experts(scores, bias, choice)
+
+    def expert_table(self, held: Mapping[int, ExpertWeights], num_experts: int) -> Any | None:
+        return experts.device_table(held, num_experts)
+
+    def run_experts(self, table: Any, hidden: Tensor, token_rows: Tensor, ids: Tensor) -> Tensor | None:
+        return experts.run_experts(table, hidden, token_rows, ids)
+
+    def write_latents(
+        self, kv: Tensor, norm: Tensor, eps: float, rotation: Rotation, slots: Tensor, cache: Tensor
+    ) -> bool:
+        latents.write_latents(kv, norm, eps, rotation, slots, cache)
+        return True
+
+    def turn_query(self, absorbed: Tensor, query: Tensor, rotation: Rotation) -> Tensor:
+        return latents.turn_query(absorbed, query, rotation)
+
+    def latent_attention(
+        self,
+        query: Tensor,
+        cache: Tensor,
+        block_tables: Tensor,
+        sequence_rows: Tensor,
+        positions: Tensor,
+        block_size: int,
+        value_width: int,
+        scale: float,
+    ) -> Tensor:
+        """Prefill as in `FastKernels`. In decode the query is rounded to the cache's dtype, as the products want it."""
+        pages = latents.Pages(cache, block_tables, block_size)
+        if len(query) > MAX_DECODE_TOKENS * len(block_tables):
+            return super().latent_attention(
+                query, cache, block_tables, sequence_rows, positions, block_size, value_width, scale
+            )
+        return latents.attend(query, pages, sequence_rows, positions, value_width, scale)

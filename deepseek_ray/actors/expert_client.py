@@ -131,7 +131,13 @@ class RemoteExperts(ExpertBackend):
         routes = self._directory.routes(layer)
         expert_ids = expert_ids.cpu().contiguous()
         counts = self._pairs.count(expert_ids, len(routes.first))
-        rows = hidden.new_empty(tokens * top_k, hidden.shape[1])
+        rows = torch.empty(
+            tokens * top_k,
+            hidden.shape[1],
+            dtype=hidden.dtype,
+            device=hidden.device,
+            pin_memory=not hidden.is_cuda and hidden.is_pinned(),  # it came from a GPU, and they are to go there
+        )
         ticket = _Ticket(layer, first_row, hidden, expert_ids, counts, rows)
         with self._giving_up():
             self._open.append(ticket)

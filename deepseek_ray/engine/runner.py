@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepseek_ray.engine.scheduler import ScheduledStep
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
+from deepseek_ray.nn.transfer import moved
 
 
 class DecoderShape(Protocol):
@@ -74,7 +75,7 @@ class Runner:
         """Logits [n, vocab_size]: for each item of the step its `scored` places, then, if it samples, its last token
         and its drafts."""
         batch = make_batch(step, self.cache.block_size)
-        return self._forward(batch).cpu().numpy()
+        return moved(self._forward(batch), torch.device("cpu")).numpy()
 
     def _forward(self, batch: PagedBatch) -> Tensor:
         return self._decoder.forward(batch, self.cache)

@@ -22,8 +22,6 @@ from torch import Tensor
 from deepseek_ray.kernels.quantize import Quantization
 
 ScoreKind = Literal["sigmoid", "softmax"]
-MAX_DECODE_TOKENS = 8
-"""Of a sequence in a step: with more, as in prefill, gathering its latents for all of them pays on a GPU."""
 
 
 class PackedWeight:
@@ -93,7 +91,9 @@ class Kernels(ABC):
     layout: str | None = None
     """Name of the layout of packed weights, the same for the same bytes; None keeps them out of files."""
     is_capturable: bool = False
-    """Whether a decode step of them can be captured as a CUDA graph: nothing in it waits for the device."""
+    """Whether a step of them can be captured as a CUDA graph: nothing in it waits for the device."""
+    rounds_queries: bool = False
+    """Whether attention rounds queries to the latents' dtype: then they may come in it, and values leave in it."""
 
     def computing(self) -> AbstractContextManager[None]:
         """Around a step of operators, of these and of torch, in this thread."""
@@ -183,5 +183,6 @@ class Kernels(ABC):
         """Absorbed MLA: every head attends to the same latents of positions `0..positions[t]`.
 
         query [T, H, width] float32; cache [slots, width]; block_tables [S, max_blocks] int32; sequence_rows [T] int32;
-        positions [T] int64 `-> [T, H, value_width]` float32, values being the first `value_width` of each latent.
+        positions [T] int64 `-> [T, H, value_width]` float32, values being the first `value_width` of each latent. With
+        `rounds_queries` query and result may have the cache's dtype.
         """

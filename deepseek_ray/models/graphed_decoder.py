@@ -1,4 +1,4 @@
-"""Decode steps on one GPU as CUDA graphs: a step is a thousand launches, which the GPU ends sooner than a host makes.
+"""Small steps on one GPU as CUDA graphs: a step is a thousand launches, which the GPU ends sooner than a host makes.
 
 There is one graph for each size of step, rounded up; it is captured when the first step of its size comes. What a step
 lacks to the size is filled with its first token once more, which computes and writes what the first one does.
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_ray.kernels.base import MAX_DECODE_TOKENS
 from deepseek_ray.models.paged_decoder import PagedDecoder
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
 
@@ -33,9 +32,9 @@ class StepSize(NamedTuple):
 
 def step_size(batch: PagedBatch) -> StepSize | None:
     """Rounded up, so that few graphs serve all steps; None for a step that is better not captured."""
-    sequences, blocks = batch.block_tables.shape
-    if batch.num_tokens > min(_MOST_TOKENS, MAX_DECODE_TOKENS * sequences):
+    if batch.num_tokens > _MOST_TOKENS:
         return None
+    sequences, blocks = batch.block_tables.shape
     return StepSize(_rounded(batch.num_tokens), _rounded(sequences), max(_LEAST_BLOCKS, _power_of_two(blocks)))
 
 

@@ -29,6 +29,7 @@ from deepseek_ray.nn.moe import ExpertBackend, combine_slots
 from deepseek_ray.nn.norm import LATENT_NORM_EPS
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
 from deepseek_ray.nn.rope import apply_rope, rope_tables
+from deepseek_ray.nn.transfer import moved
 
 
 class PagedDecoder:
@@ -247,7 +248,8 @@ class _LatentAttention:
         """hidden [T, hidden_size] -> [T, hidden_size]; writes the tokens' latents into `latents` first."""
         config, kernels = self._config, self._kernels
         self._write_latents(hidden, cos, sin, batch.slots, latents)
-        query = kernels.linear(self._query_input(hidden), self._q, torch.float32)
+        wide = hidden.dtype if kernels.rounds_queries else torch.float32
+        query = kernels.linear(self._query_input(hidden), self._q, wide)
         query = query.view(hidden.shape[0], config.num_attention_heads, config.qk_head_dim)
         nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         absorbed = kernels.per_head_linear(nope, self._w_uk)
@@ -327,7 +329,7 @@ class _Moe:
         chosen = self._kernels.choose_experts(scores, self._bias, self._choice)
         expert_ids, slot_weights = chosen or choose_experts(scores, self._bias, self._config)
         there = self._experts.device
-        ticket = self._experts.dispatch(self._layer, hidden.to(there), expert_ids.to(there), first_row)
+        ticket = self._experts.dispatch(self._layer, moved(hidden, there), moved(expert_ids, there), first_row)
         if self._shared is None:
             return lambda: self._combine(ticket, slot_weights, hidden)
         if self._experts.uses_our_cores(ticket):
@@ -337,6 +339,6 @@ class _Moe:
         return lambda: self._combine(ticket, slot_weights, hidden) + output
 
     def _combine(self, ticket: Any, slot_weights: Tensor, hidden: Tensor) -> Tensor:
-        rows = self._experts.combine(ticket).to(hidden.device)
+        rows = moved(self._experts.combine(ticket), hidden.device)
         combined = self._kernels.combine_slots(rows, slot_weights)
         return combine_slots(rows, slot_weights).to(hidden.dtype) if combined is None else combined

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from deepseek_ray.kernels.base import PackedWeight, Rotation
-from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.nn.gate import choice_of, choose_experts
 from deepseek_ray.nn.moe import combine_slots
@@ -178,7 +177,18 @@ def test_attention_over_paged_latents(dtype: torch.dtype, tokens: int, longest: 
     assert_near(GPU.latent_attention(**there), expected, dtype)
 
 
-def test_prefill_takes_torchs_way() -> None:
-    case = paged_case(torch.float32, 40)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_over_paged_latents(dtype: torch.dtype) -> None:
+    """Neighbours of two sequences, and a last program that is not full."""
+    case = paged_case(dtype, 41, 70)
     there = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in case.items()}
-    assert torch.equal(GPU.latent_attention(**there), FastKernels().latent_attention(**there))
+    expected = SLOW.latent_attention(**case)
+    assert_near(GPU.latent_attention(**there), expected, dtype)
+    in_order = case["sequence_rows"].argsort(stable=True)
+    for name in ("query", "sequence_rows", "positions"):
+        there[name] = there[name][in_order.to(DEVICE)]
+    assert_near(GPU.latent_attention(**there), expected[in_order], dtype)
+    if dtype == torch.bfloat16:
+        rounded = GPU.latent_attention(**{**there, "query": there["query"].to(dtype)})
+        assert rounded.dtype == dtype
+        assert_near(rounded.float(), expected[in_order], dtype)

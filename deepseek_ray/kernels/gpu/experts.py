@@ -1,7 +1,8 @@
 """All experts of a layer in three launches: pairs in the order of their experts, gate and up with SiLU, down.
 
-A program has one expert and some columns of its output, and takes the rows tile after tile. Which experts have rows it
-reads on the GPU: the host hears nothing, and those without cost a glance.
+A program has one expert, some columns of its output and a tile of its rows; those of the same weights are neighbours
+and find them in the cache. Which experts have rows it reads on the GPU: the host hears nothing, and those without cost
+a glance.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from deepseek_ray.kernels.base import ExpertWeights, PackedWeight
 _PAIRS_PER_PROGRAM = 32
 _MAX_COUNTED_PAIRS = 2048
 """Each of them is compared with each: above, sorting is faster."""
+
+_UNEVEN = 2
+"""Rows of an expert, of their mean, for which there is a program each tile; those of a busier one take turns."""
 
 
 class Tiles(NamedTuple):
@@ -72,12 +76,13 @@ def run_experts(
     gated = torch.empty(pairs, width, dtype=dtype, device=hidden.device)
     out = torch.empty(pairs, hidden_size, dtype=dtype, device=hidden.device)
     gate_up, down = table.pointers
+    row_tiles = triton.cdiv(_UNEVEN * pairs, num_experts * tiles.rows)
     cut = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "INPUTS": tiles.inputs}
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    _gate_up[(num_experts, triton.cdiv(width, tiles.columns))](
+    _gate_up[(row_tiles, triton.cdiv(width, tiles.columns), num_experts)](
         typed, typed.stride(0), gated, gate_up, token_rows, order, starts, width, hidden_size, **cut, **options
     )
-    _down[(num_experts, triton.cdiv(hidden_size, tiles.columns))](
+    _down[(row_tiles, triton.cdiv(hidden_size, tiles.columns), num_experts)](
         gated, out, down, order, starts, hidden_size, width, **cut, **options
     )
     return out.to(hidden.dtype)
@@ -136,14 +141,15 @@ def _gate_up(
     INPUTS: tl.constexpr,
 ):
     """silu(x W_gate^T) * (x W_up^T) of some columns of one expert -> out [P, num_out] in the order of experts."""
-    expert = tl.program_id(0)
+    expert = tl.program_id(2)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns[:, None] < num_out
     end = tl.load(starts + expert + 1)
     weight = tl.multiple_of(tl.load(pointers + expert).to(tl.pointer_type(x.dtype.element_ty)), 16)
     of_gate = weight + columns[:, None].to(tl.int64) * num_in
     of_up = of_gate + num_out.to(tl.int64) * num_in
-    for first in range(tl.load(starts + expert), end, ROWS):
+    start_row = tl.load(starts + expert) + tl.program_id(0) * ROWS
+    for first in range(start_row, end, ROWS * tl.num_programs(0)):
         places = first + tl.arange(0, ROWS)
         is_row = places < end
         tokens = tl.load(token_rows + tl.load(order + places, mask=is_row, other=0), mask=is_row, other=0)
@@ -177,13 +183,14 @@ def _down(
     INPUTS: tl.constexpr,
 ):
     """x [P, num_in] in the order of experts -> out [P, num_out] in the order of pairs."""
-    expert = tl.program_id(0)
+    expert = tl.program_id(2)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns[:, None] < num_out
     end = tl.load(starts + expert + 1)
     weight = tl.multiple_of(tl.load(pointers + expert).to(tl.pointer_type(x.dtype.element_ty)), 16)
     of_columns = weight + columns[:, None].to(tl.int64) * num_in
-    for first in range(tl.load(starts + expert), end, ROWS):
+    start_row = tl.load(starts + expert) + tl.program_id(0) * ROWS
+    for first in range(start_row, end, ROWS * tl.num_programs(0)):
         places = first + tl.arange(0, ROWS)
         is_row = places < end
         row = x + places[:, None].to(tl.int64) * num_in

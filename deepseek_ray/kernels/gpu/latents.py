@@ -12,10 +12,10 @@ from torch import Tensor
 from deepseek_ray.kernels.base import Rotation
 from deepseek_ray.kernels.gpu.rows import normalised
 
-_PROGRAMS = 512
-"""Enough to fill a GPU with a few on every multiprocessor."""
-_LEAST_SPLIT = 128
-"""Positions of one program, at least."""
+_MAX_DECODE_TOKENS = 8
+"""Of a sequence in a step, on average: with more, as in prefill, programs take several tokens each."""
+_JOINED = 8
+"""Splits that are joined at a time."""
 
 
 class Pages(NamedTuple):
@@ -29,12 +29,24 @@ class Pages(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Heads of a program, positions it takes together, and Triton's options."""
+    """How attention is divided among programs, and Triton's options."""
 
+    tokens: int = 1
+    """Of a program: neighbours, which mostly have the same latents before them."""
     heads: int = 16
     positions: int = 32
+    """Latents that are taken together."""
     warps: int = 4
     stages: int = 2
+    least_split: int = 128
+    """Positions of one program, at least."""
+    programs: int = 512
+    """About as many as fill a GPU: a longer context is divided among more of them only while there are fewer."""
+
+
+DECODE = Cut()
+PREFILL = Cut(tokens=4, warps=8, least_split=1 << 20)
+"""Many tokens: enough programs without splits."""
 
 
 def write_latents(kv: Tensor, norm: Tensor, eps: float, rotation: Rotation, slots: Tensor, cache: Tensor) -> None:
@@ -65,7 +77,7 @@ def turn_query(absorbed: Tensor, query: Tensor, rotation: Rotation) -> Tensor:
     cos, sin, is_interleaved = rotation
     tokens, heads, rank = absorbed.shape
     half = cos.shape[1]
-    out = torch.empty(tokens, heads, rank + 2 * half, dtype=torch.float32, device=query.device)
+    out = torch.empty(tokens, heads, rank + 2 * half, dtype=query.dtype, device=query.device)
     if tokens:
         assert query.is_contiguous() and absorbed.stride(2) == 1
         _turn_query[(tokens, heads)](
@@ -97,17 +109,19 @@ def attend(
 ) -> Tensor:
     """See `Kernels.latent_attention`. The splits are those of the longest context there can be: the host does not wait
     to hear what the longest one is."""
-    cut = cut or Cut()
     tokens, heads, width = query.shape
     cache, tables, block_size = pages
-    head_blocks = triton.cdiv(heads, cut.heads)
+    cut = cut or (DECODE if tokens <= _MAX_DECODE_TOKENS * len(tables) else PREFILL)
+    if not tokens:
+        return query.new_empty(0, heads, value_width)
+    programs = triton.cdiv(tokens, cut.tokens) * triton.cdiv(heads, cut.heads)
     room = tables.shape[1] * block_size
-    split = max(_LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(room * tokens * head_blocks, _PROGRAMS)))
+    split = max(cut.least_split, triton.next_power_of_2(triton.cdiv(room * programs, cut.programs)))
     splits = triton.cdiv(room, split)
-    partial = query.new_empty(splits, tokens, heads, value_width)
-    sums = query.new_empty(2, splits, tokens, heads)
+    partial = torch.empty(splits, tokens, heads, value_width, dtype=torch.float32, device=query.device)
+    sums = torch.empty(2, splits, tokens, heads, dtype=torch.float32, device=query.device)
     value_room = max(16, triton.next_power_of_2(value_width))
-    _attend[(tokens, head_blocks, splits)](
+    _attend[(triton.cdiv(tokens, cut.tokens), triton.cdiv(heads, cut.heads), splits)](
         query.contiguous(),
         cache,
         tables,
@@ -116,24 +130,28 @@ def attend(
         partial,
         sums,
         scale,
+        tokens,
         heads,
         tables.shape[1],
         splits * tokens * heads,
+        split,
         BLOCK_SIZE=block_size,
         VALUES=value_width,
         REST=width - value_width,
         VALUES_ROOM=value_room,
         REST_ROOM=max(16, triton.next_power_of_2(width - value_width)),
+        TOKENS=cut.tokens,
         HEADS=cut.heads,
         POSITIONS=cut.positions,
-        SPLIT=split,
         num_warps=cut.warps,
         num_stages=cut.stages,
     )
     if splits == 1:
-        return partial[0]
-    out = torch.empty_like(partial[0])
-    _join[(tokens, heads)](partial, sums, out, splits, splits * tokens * heads, value_width, VALUES_ROOM=value_room)
+        return partial[0].to(query.dtype)
+    out = torch.empty(tokens, heads, value_width, dtype=query.dtype, device=query.device)
+    _join[(tokens, heads)](
+        partial, sums, out, splits, splits * tokens * heads, value_width, VALUES_ROOM=value_room, SPLITS=_JOINED
+    )
     return out
 
 
@@ -198,32 +216,35 @@ def _turn_query(
     number = token * tl.num_programs(1) + head
     to = out + number * (rank + 2 * half)
     own = tl.load(absorbed + token * token_stride + head * head_stride + values, mask=values < rank, other=0.0)
-    tl.store(to + values, own.to(tl.float32), mask=values < rank)
+    tl.store(to + values, own.to(out.dtype.element_ty), mask=values < rank)
     row = query + (number + 1) * query_width - 2 * half
     first, second = _turned(row, cos + token * half, sin + token * half, half, pairs, IS_INTERLEAVED)
-    tl.store(to + rank + pairs, first, mask=pairs < half)
-    tl.store(to + rank + half + pairs, second, mask=pairs < half)
+    tl.store(to + rank + pairs, first.to(out.dtype.element_ty), mask=pairs < half)
+    tl.store(to + rank + half + pairs, second.to(out.dtype.element_ty), mask=pairs < half)
 
 
 @triton.jit
-def _join(partial, sums, out, splits, num_sums, width, VALUES_ROOM: tl.constexpr):
-    """Splits of one softmax, each relative to its own maximum, as one. A split without positions has maximum -inf."""
+def _join(partial, sums, out, splits, num_sums, width, VALUES_ROOM: tl.constexpr, SPLITS: tl.constexpr):
+    """Splits of one softmax, each relative to its own maximum, as one. A split without positions has the sum 0."""
     number = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     rows = tl.num_programs(0) * tl.num_programs(1)
     values = tl.arange(0, VALUES_ROOM)
-    is_value = values < width
     maximum, total = float("-inf"), 0.0
     result = tl.zeros((VALUES_ROOM,), dtype=tl.float32)
-    for split in range(splits):
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
         place = split * rows + number
-        own, weight = tl.load(sums + place), tl.load(sums + num_sums + place)
-        if weight > 0:
-            higher = tl.maximum(maximum, own)
-            fade, weight = tl.exp(maximum - higher), weight * tl.exp(own - higher)
-            result = result * fade + weight * tl.load(partial + place * width + values, mask=is_value, other=0.0)
-            total = total * fade + weight
-            maximum = higher
-    tl.store(out + number * width + values, result / total, mask=is_value)
+        weights = tl.load(sums + num_sums + place, mask=split < splits, other=0.0)
+        maxima = tl.load(sums + place, mask=weights > 0, other=float("-inf"))
+        higher = tl.maximum(maximum, tl.max(maxima, 0))  # the first split has positions, so no -inf from here on
+        weights = weights * tl.exp(maxima - higher)
+        fade = tl.exp(maximum - higher)
+        there = (weights > 0)[:, None] & (values < width)[None, :]
+        own = tl.load(partial + place[:, None] * width + values[None, :], mask=there, other=0.0)
+        result = result * fade + tl.sum(own * weights[:, None], 0)
+        total = total * fade + tl.sum(weights, 0)
+        maximum = higher
+    tl.store(out + number * width + values, (result / total).to(out.dtype.element_ty), mask=values < width)
 
 
 @triton.jit
@@ -236,59 +257,71 @@ def _attend(
     partial,
     sums,
     scale,
+    num_tokens,
     num_heads,
     max_blocks,
     num_sums,
+    split_size,
     BLOCK_SIZE: tl.constexpr,
     VALUES: tl.constexpr,
     REST: tl.constexpr,
     VALUES_ROOM: tl.constexpr,
     REST_ROOM: tl.constexpr,
+    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
-    """`HEADS` heads of one token over `SPLIT` positions, with a running maximum (FlashAttention, arXiv:2205.14135).
+    """Some heads of some neighbouring tokens over `split_size` positions, with a running maximum (FlashAttention,
+    arXiv:2205.14135). Tokens of different sequences take turns.
 
     Writes the normalised values, and beside them the maximum and the sum of the exponentials relative to it.
     """
-    token, split = tl.program_id(0), tl.program_id(2)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    is_head = heads[:, None] < num_heads
+    split = tl.program_id(2)
+    rows = tl.arange(0, TOKENS * HEADS)
+    tokens = tl.program_id(0) * TOKENS + rows // HEADS
+    heads = tl.program_id(1) * HEADS + rows % HEADS
+    is_row = (tokens < num_tokens) & (heads < num_heads)
     values, rest = tl.arange(0, VALUES_ROOM), tl.arange(0, REST_ROOM)
+    is_value, is_rest = (values < VALUES)[None, :], (rest < REST)[None, :]
     width = VALUES + REST
-    row = query + (token * num_heads + heads[:, None]).to(tl.int64) * width
-    query_values = tl.load(row + values[None, :], mask=is_head & (values[None, :] < VALUES), other=0.0).to(
-        cache.dtype.element_ty
-    )
-    query_rest = tl.load(row + VALUES + rest[None, :], mask=is_head & (rest[None, :] < REST), other=0.0)
-    query_rest = query_rest.to(cache.dtype.element_ty)
-    end = tl.minimum(tl.load(positions + token) + 1, (split + 1) * SPLIT).to(tl.int32)
-    table = block_tables + tl.load(sequence_rows + token) * max_blocks
+    dtype = cache.dtype.element_ty
+    row = query + (tokens.to(tl.int64) * num_heads + heads)[:, None] * width
+    query_values = tl.load(row + values[None, :], mask=is_row[:, None] & is_value, other=0.0).to(dtype)
+    query_rest = tl.load(row + VALUES + rest[None, :], mask=is_row[:, None] & is_rest, other=0.0).to(dtype)
+    sequences = tl.load(sequence_rows + tokens, mask=is_row, other=-1)
+    ends = tl.load(positions + tokens, mask=is_row, other=-1).to(tl.int32) + 1
 
-    maximum = tl.full((HEADS,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((HEADS,), dtype=tl.float32)
-    result = tl.zeros((HEADS, VALUES_ROOM), dtype=tl.float32)
-    for start in range(split * SPLIT, end, POSITIONS):
-        places = start + tl.arange(0, POSITIONS)
-        is_place = places < end
-        blocks = tl.load(table + places // BLOCK_SIZE, mask=is_place, other=0).to(tl.int64)
-        latent = cache + (blocks * BLOCK_SIZE + places % BLOCK_SIZE)[:, None] * width
-        keys = tl.load(latent + values[None, :], mask=is_place[:, None] & (values[None, :] < VALUES), other=0.0)
-        keys_rest = tl.load(latent + VALUES + rest[None, :], mask=is_place[:, None] & (rest[None, :] < REST), other=0.0)
-        scores = tl.dot(query_values, tl.trans(keys), input_precision="ieee")
-        scores = tl.dot(query_rest, tl.trans(keys_rest), scores, input_precision="ieee") * scale
-        scores = tl.where(is_place[None, :], scores, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(scores, 1))
-        weights = tl.exp(scores - higher[:, None])
-        fade = tl.exp(maximum - higher)
-        total = total * fade + tl.sum(weights, 1)
-        result = tl.dot(weights.to(keys.dtype), keys, result * fade[:, None], input_precision="ieee")
-        maximum = higher
+    maximum = tl.full((TOKENS * HEADS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((TOKENS * HEADS,), dtype=tl.float32)
+    result = tl.zeros((TOKENS * HEADS, VALUES_ROOM), dtype=tl.float32)
+    for number in range(TOKENS):
+        token = tl.minimum(tl.program_id(0) * TOKENS + number, num_tokens - 1)
+        sequence = tl.load(sequence_rows + token)
+        own_ends = tl.where(sequences == sequence, ends, 0)
+        end = tl.minimum(tl.max(own_ends, 0), (split + 1) * split_size)
+        first = tl.min(tl.where(sequences == sequence, rows // HEADS, TOKENS), 0)
+        end = tl.where(first < number, 0, end)  # its tokens have had their turn
+        table = block_tables + sequence.to(tl.int64) * max_blocks
+        for start in range(split * split_size, end, POSITIONS):
+            places = start + tl.arange(0, POSITIONS)
+            is_place = (places < end)[:, None]
+            blocks = tl.load(table + places // BLOCK_SIZE, mask=places < end, other=0).to(tl.int64)
+            latent = cache + (blocks * BLOCK_SIZE + places % BLOCK_SIZE)[:, None] * width
+            keys = tl.load(latent + values[None, :], mask=is_place & is_value, other=0.0)
+            keys_rest = tl.load(latent + VALUES + rest[None, :], mask=is_place & is_rest, other=0.0)
+            scores = tl.dot(query_values, tl.trans(keys), input_precision="ieee")
+            scores = tl.dot(query_rest, tl.trans(keys_rest), scores, input_precision="ieee") * scale
+            scores = tl.where(places[None, :] < own_ends[:, None], scores, float("-inf"))
+            higher = tl.maximum(maximum, tl.max(scores, 1))
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing of a row was seen yet
+            weights = tl.exp(scores - base[:, None])
+            fade = tl.exp(maximum - base)
+            total = total * fade + tl.sum(weights, 1)
+            result = tl.dot(weights.to(dtype), keys, result * fade[:, None], input_precision="ieee")
+            maximum = higher
 
-    tokens = tl.num_programs(0)
-    place = (split * tokens + token).to(tl.int64) * num_heads + heads
-    tl.store(sums + place, maximum, mask=heads < num_heads)
-    tl.store(sums + num_sums + place, total, mask=heads < num_heads)
+    place = (split * num_tokens + tokens).to(tl.int64) * num_heads + heads
+    tl.store(sums + place, maximum, mask=is_row)
+    tl.store(sums + num_sums + place, total, mask=is_row)
     normal = result / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(partial + place[:, None] * VALUES + values[None, :], normal, mask=is_head & (values[None, :] < VALUES))
+    tl.store(partial + place[:, None] * VALUES + values[None, :], normal, mask=is_row[:, None] & is_value)

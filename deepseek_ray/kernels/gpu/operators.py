@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepseek_ray.kernels.base import MAX_DECODE_TOKENS, Choice, ExpertWeights, Rotation
+from deepseek_ray.kernels.base import Choice, ExpertWeights, Rotation
 from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.gpu import experts, gate, latents, rows
 from deepseek_ray.kernels.native import KernelBuildError, NativeKernels
@@ -23,6 +23,7 @@ class GpuKernels(FastKernels):
 
     name = "Triton and torch, whole batches"
     is_capturable = True
+    rounds_queries = True
 
     def __init__(self) -> None:
         try:
@@ -72,10 +73,6 @@ class GpuKernels(FastKernels):
         value_width: int,
         scale: float,
     ) -> Tensor:
-        """Prefill as in `FastKernels`. In decode the query is rounded to the cache's dtype, as the products want it."""
+        """Queries are rounded to the cache's dtype, as the products want them."""
         pages = latents.Pages(cache, block_tables, block_size)
-        if len(query) > MAX_DECODE_TOKENS * len(block_tables):
-            return super().latent_attention(
-                query, cache, block_tables, sequence_rows, positions, block_size, value_width, scale
-            )
         return latents.attend(query, pages, sequence_rows, positions, value_width, scale)

@@ -53,7 +53,6 @@ def parts(tmp_path: Path) -> tuple[CheckpointReader, dict[int, range]]:
         ([3, 1, 4], StepSize(8, 4, 64)),
         ([1] * 65, None),
         ([9], StepSize(16, 1, 64)),
-        ([65], None),
     ],
 )
 def test_sizes(lengths: list[int], size: StepSize | None) -> None:

@@ -7,7 +7,6 @@ lacks to the size is filled with its first token once more, which computes and w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from deepseek_ray.models.paged_decoder import PagedDecoder
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
+from deepseek_ray.nn.transfer import moved
 
 _MOST_TOKENS = 64
 """Of a step that is captured; more keep a GPU busy for longer than their launches take."""
@@ -22,10 +22,9 @@ _LEAST_BLOCKS = 64
 
 
 class StepSize(NamedTuple):
-    """What a graph is made for."""
+    """What a graph is made for: so many tokens, and room for as many sequences."""
 
     tokens: int
-    sequences: int
     blocks: int
     """Columns of the block tables."""
 
@@ -34,24 +33,7 @@ def step_size(batch: PagedBatch) -> StepSize | None:
     """Rounded up, so that few graphs serve all steps; None for a step that is better not captured."""
     if batch.num_tokens > _MOST_TOKENS:
         return None
-    sequences, blocks = batch.block_tables.shape
-    return StepSize(_rounded(batch.num_tokens), _rounded(sequences), max(_LEAST_BLOCKS, _power_of_two(blocks)))
-
-
-def padded(batch: PagedBatch, size: StepSize) -> PagedBatch:
-    """The batch with its first token repeated and block tables widened to `size`; all tokens' logits are wanted."""
-    rows = torch.arange(size.tokens)
-    rows[batch.num_tokens :] = 0
-    tables = batch.block_tables.new_zeros(size.sequences, size.blocks)
-    tables[: batch.block_tables.shape[0], : batch.block_tables.shape[1]] = batch.block_tables
-    return PagedBatch(
-        token_ids=batch.token_ids[rows],
-        positions=batch.positions[rows],
-        slots=batch.slots[rows],
-        sequence_rows=batch.sequence_rows[rows],
-        block_tables=tables,
-        logit_rows=torch.arange(size.tokens),
-    )
+    return StepSize(_rounded(batch.num_tokens), max(_LEAST_BLOCKS, _power_of_two(batch.block_tables.shape[1])))
 
 
 class GraphedDecoder(PagedDecoder):
@@ -68,50 +50,57 @@ class GraphedDecoder(PagedDecoder):
         size = step_size(batch)
         if size is None:
             return super().forward_with_hidden(batch, cache)
-        key, filled = (size, cache.data.data_ptr()), padded(batch, size)
+        key = size, cache.data.data_ptr()
         if key not in self._graphs:
             whole = super().forward_with_hidden
-            self._graphs[key] = _Graph(lambda inputs: whole(inputs, cache), filled, self.device, self._pool)
-        logits, hidden = self._graphs[key].run(filled)
-        return logits[batch.logit_rows.to(self.device)], hidden[: batch.num_tokens].clone()
+            inputs = StepInputs(size, self.device)
+            inputs.fill(batch)
+            self._graphs[key] = _Graph(lambda: whole(inputs.batch, cache), inputs, self._pool)
+        logits, hidden = self._graphs[key].run(batch)
+        return logits[moved(batch.logit_rows, self.device)], hidden[: batch.num_tokens].clone()
 
 
-class _Inputs:
-    """A batch at fixed addresses on a device, filled by one copy from memory that the device reads by itself."""
+class StepInputs:
+    """A batch of one size at fixed addresses, filled by one copy from memory that a GPU reads by itself.
 
-    def __init__(self, like: PagedBatch, device: torch.device) -> None:
-        self._names = [field.name for field in fields(PagedBatch)]
-        parts = [getattr(like, name) for name in self._names]
-        room = sum(_aligned(part.nbytes) for part in parts)
-        self._host = torch.empty(room, dtype=torch.uint8, pin_memory=True)
-        self._device = torch.empty(room, dtype=torch.uint8, device=device)
-        self._on_host, self.batch = _views(self._host, parts), _views(self._device, parts)
+    All tokens' logits are wanted.
+    """
+
+    def __init__(self, size: StepSize, device: torch.device) -> None:
+        words = 3 * size.tokens + (size.tokens * (1 + size.blocks) + 1) // 2
+        self._host = torch.zeros(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(words, dtype=torch.int64, device=device)
+        self._on_host = _parts(self._host, size)
+        self.batch = _parts(self._device, size)
 
     def fill(self, batch: PagedBatch) -> None:
         """Once the step before is known to have ended: its inputs are overwritten."""
-        for name in self._names:
-            getattr(self._on_host, name).copy_(getattr(batch, name))
+        for name in ("token_ids", "positions", "slots", "sequence_rows"):
+            there, part = getattr(self._on_host, name), getattr(batch, name)
+            there[: len(part)] = part
+            if len(part) < len(there):
+                there[len(part) :] = part[0]
+        sequences, blocks = batch.block_tables.shape
+        self._on_host.block_tables[:sequences, :blocks] = batch.block_tables  # nobody reads beyond
         self._device.copy_(self._host, non_blocking=True)
 
 
 class _Graph:
     """The steps of one size."""
 
-    def __init__(
-        self, step: Callable[[PagedBatch], tuple[Tensor, Tensor]], batch: PagedBatch, device: Any, pool: Any
-    ) -> None:
-        """Captures `step`, after running it for `batch`: what is compiled or allocated once is no part of a graph."""
-        self._inputs = _Inputs(batch, device)
-        self._inputs.fill(batch)
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
+    def __init__(self, step: Callable[[], tuple[Tensor, Tensor]], inputs: StepInputs, pool: Any) -> None:
+        """Captures `step`, after running it for what `inputs` has: what is compiled or allocated once is no part of a
+        graph."""
+        self._inputs = inputs
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
-                step(self._inputs.batch)
-        torch.cuda.current_stream(device).wait_stream(aside)
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._outputs = step(self._inputs.batch)
+            self._outputs = step()
 
     def run(self, batch: PagedBatch) -> tuple[Tensor, Tensor]:
         """Logits and hidden states of all tokens, valid until the next step."""
@@ -120,16 +109,13 @@ class _Graph:
         return self._outputs
 
 
-def _views(room: Tensor, parts: list[Tensor]) -> PagedBatch:
-    views, start = [], 0
-    for part in parts:
-        views.append(room[start : start + part.nbytes].view(part.dtype).view(part.shape))
-        start += _aligned(part.nbytes)
-    return PagedBatch(*views)
-
-
-def _aligned(num_bytes: int) -> int:
-    return (num_bytes + 15) // 16 * 16
+def _parts(room: Tensor, size: StepSize) -> PagedBatch:
+    """A batch that lies in `room`, int64 words."""
+    tokens, blocks = size
+    ids, positions, slots = room[: 3 * tokens].view(3, tokens)
+    narrow = room[3 * tokens :].view(torch.int32)
+    tables = narrow[tokens : tokens * (1 + blocks)].view(tokens, blocks)
+    return PagedBatch(ids, positions, slots, narrow[:tokens], tables, torch.arange(tokens, device=room.device))
 
 
 def _power_of_two(number: int) -> int:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from deepseek_ray.kernels.base import ExpertWeights, PackedWeight
 
-_PAIRS_PER_PROGRAM = 32
-_MAX_COUNTED_PAIRS = 2048
+_PAIRS_PER_PROGRAM, _PAIRS_AT_A_TIME = 32, 512
+_MAX_COUNTED_PAIRS = 16384
 """Each of them is compared with each: above, sorting is faster."""
 
 _UNEVEN = 2
@@ -35,9 +35,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-FEW = Tiles(rows=16, columns=32, inputs=128, warps=4, stages=4)
+FEW = Tiles(rows=16, columns=64, inputs=128, warps=4, stages=3)
 """Rows of a decode step: 16 is the least that tensor cores take, and the time is that of reading the weights."""
-MANY = Tiles(rows=64, columns=64, inputs=64, warps=4, stages=3)
+MANY = Tiles(rows=128, columns=128, inputs=64, warps=8, stages=4)
 
 
 class DeviceTable(NamedTuple):
@@ -68,7 +68,7 @@ def run_experts(
     if not (table.is_complete or _are_here(table, ids)):
         return None
     num_experts, pairs = table.pointers.shape[1], len(ids)
-    tiles = tiles or (FEW if 2 * pairs <= FEW.rows * num_experts else MANY)
+    tiles = tiles or (FEW if pairs <= FEW.rows * num_experts else MANY)
     order, starts = order_pairs(ids, num_experts)
     dtype, width, hidden_size = table.like.data.dtype, table.like.num_in, table.like.num_out
     typed = hidden.to(dtype)
@@ -98,8 +98,9 @@ def order_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = torch.empty(len(ids), dtype=torch.int32, device=ids.device)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     programs = triton.cdiv(max(len(ids), num_experts + 1), _PAIRS_PER_PROGRAM)
-    pairs = triton.next_power_of_2(len(ids))
-    _order_pairs[(programs,)](ids, order, starts, len(ids), num_experts, PAIRS=pairs, BLOCK=_PAIRS_PER_PROGRAM)
+    _order_pairs[(programs,)](
+        ids, order, starts, len(ids), num_experts, BLOCK=_PAIRS_PER_PROGRAM, OTHERS=_PAIRS_AT_A_TIME
+    )
     return order, starts
 
 
@@ -111,18 +112,21 @@ def _are_here(table: DeviceTable, ids: Tensor) -> bool:
 
 
 @triton.jit
-def _order_pairs(ids, order, starts, num_pairs, num_experts, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
-    """The place of a pair is the number of those before it."""
-    others = tl.arange(0, PAIRS)
-    is_pair = (others < num_pairs)[None, :]
-    other_ids = tl.load(ids + others, mask=others < num_pairs, other=0)[None, :]
+def _order_pairs(ids, order, starts, num_pairs, num_experts, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    """The place of a pair is the number of those before it; the start of an expert, that of those below it."""
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     own_ids = tl.load(ids + own, mask=own < num_pairs, other=0)[:, None]
-    is_before = (other_ids < own_ids) | ((other_ids == own_ids) & (others[None, :] < own[:, None]))
-    place = tl.sum((is_before & is_pair).to(tl.int32), 1)
-    tl.store(order + place, own, mask=own < num_pairs)
-    start = tl.sum(((other_ids < own[:, None]) & is_pair).to(tl.int32), 1)
-    tl.store(starts + own, start, mask=own <= num_experts)
+    places = tl.zeros((BLOCK,), dtype=tl.int32)
+    below = tl.zeros((BLOCK,), dtype=tl.int32)
+    for first in range(0, num_pairs, OTHERS):
+        others = first + tl.arange(0, OTHERS)
+        is_pair = (others < num_pairs)[None, :]
+        other_ids = tl.load(ids + others, mask=others < num_pairs, other=0)[None, :]
+        is_before = (other_ids < own_ids) | ((other_ids == own_ids) & (others[None, :] < own[:, None]))
+        places += tl.sum((is_before & is_pair).to(tl.int32), 1)
+        below += tl.sum(((other_ids < own[:, None]) & is_pair).to(tl.int32), 1)
+    tl.store(order + places, own, mask=own < num_pairs)
+    tl.store(starts + own, below, mask=own <= num_experts)
 
 
 @triton.jit

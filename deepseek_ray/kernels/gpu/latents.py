@@ -40,7 +40,7 @@ class Cut(NamedTuple):
     stages: int = 2
     least_split: int = 128
     """Positions of one program, at least."""
-    programs: int = 512
+    programs: int = 264
     """About as many as fill a GPU: a longer context is divided among more of them only while there are fewer."""
 
 

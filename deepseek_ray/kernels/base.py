@@ -10,7 +10,7 @@ Letters: T tokens (rows), H heads, N output features, K input features, E expert
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -129,6 +129,11 @@ class Kernels(ABC):
     @abstractmethod
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """`[T, 2N] -> [T, N]`: `silu(first half) * second half`."""
+
+    def mlp_aside(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Callable[[], Tensor] | None:
+        """`linear(silu_mul(linear(x, gate_up)), down)` begun in the time that the cores have left; the result does the
+        rest of it. x [T, K] has rows. None: these kernels do not know how."""
+        return None
 
     @abstractmethod
     def scores(self, logits: Tensor, kind: ScoreKind) -> Tensor:

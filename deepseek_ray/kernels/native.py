@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.errors import DeepSeekRayError
+from deepseek_ray.kernels.aside import Aside
 from deepseek_ray.kernels.base import PackedWeight, ScoreKind
 from deepseek_ray.kernels.native_steps import DTYPES, NativeSteps, declare
 from deepseek_ray.kernels.quantize import INT4_GROUP, Quantization
@@ -119,6 +120,7 @@ class NativeKernels(NativeSteps):
     def __init__(self) -> None:
         self._library = load_library()
         self._own = threading.local()
+        self._aside = Aside(self._library)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -282,6 +284,9 @@ class NativeKernels(NativeSteps):
             self._threads,
         )
         return out
+
+    def mlp_aside(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Callable[[], Tensor] | None:
+        return self._aside.begin(x, gate_up, down, self._threads)
 
     def scores(self, logits: Tensor, kind: ScoreKind) -> Tensor:
         assert logits.dtype == torch.float32

@@ -301,14 +301,18 @@ class _Mlp:
         output = self.forward(hidden)
         return lambda: output
 
+    def begin_aside(self, hidden: Tensor) -> Callable[[], Tensor]:
+        """`forward` with the time that the cores have left meanwhile."""
+        return self._kernels.mlp_aside(hidden, self._gate_up, self._down) or (lambda: self.forward(hidden))
+
     def forward(self, hidden: Tensor) -> Tensor:
         gated = self._kernels.silu_mul(self._kernels.linear(hidden, self._gate_up))
         return self._kernels.linear(gated, self._down)
 
 
 class _Moe:
-    """Gate, routed experts behind the backend, shared experts while the routed ones are away (or after them where they
-    are computed on the same cores)."""
+    """Gate, routed experts behind the backend, shared experts while the routed ones are away (where these are computed
+    on the same cores, in the time that they leave)."""
 
     def __init__(
         self, config: ModelConfig, layer: int, prefix: str, weights: DecoderWeights, experts: ExpertBackend
@@ -333,8 +337,8 @@ class _Moe:
         if self._shared is None:
             return lambda: self._combine(ticket, slot_weights, hidden)
         if self._experts.uses_our_cores(ticket):
-            shared = self._shared.forward
-            return lambda: self._combine(ticket, slot_weights, hidden) + shared(hidden)
+            shared = self._shared.begin_aside(hidden)
+            return lambda: self._combine(ticket, slot_weights, hidden) + shared()
         output = self._shared.forward(hidden)
         return lambda: self._combine(ticket, slot_weights, hidden) + output
 

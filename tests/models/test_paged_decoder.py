@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def test_shared_experts_do_not_take_the_cores_from_routed_ones(
     chunk = [(0, [5, 6, 7], 0)]
     (expected,) = Runner(make_decoder(directory, torch.float32), 1).step(chunk)
     order: list[str] = []
-    combine, forward = LocalExperts.combine, paged_decoder._Mlp.forward
+    combine, forward, begin_aside = LocalExperts.combine, paged_decoder._Mlp.forward, paged_decoder._Mlp.begin_aside
 
     def combine_and_tell(self: LocalExperts, ticket: torch.Tensor) -> torch.Tensor:
         order.append("combine")
@@ -225,9 +226,14 @@ def test_shared_experts_do_not_take_the_cores_from_routed_ones(
         order.append("mlp")
         return forward(self, hidden)
 
+    def begin_and_tell(self: paged_decoder._Mlp, hidden: torch.Tensor) -> Callable[[], torch.Tensor]:
+        order.append("mlp aside")
+        return begin_aside(self, hidden)
+
+    monkeypatch.setattr(paged_decoder._Mlp, "begin_aside", begin_and_tell)
     monkeypatch.setattr(LocalExperts, "uses_our_cores", lambda self, ticket: ours)
     monkeypatch.setattr(LocalExperts, "combine", combine_and_tell)
     monkeypatch.setattr(paged_decoder._Mlp, "forward", forward_and_tell)
     (logits,) = Runner(make_decoder(directory, torch.float32), 1).step(chunk)
-    assert order == ["mlp", *(["combine", "mlp"] if ours else ["mlp", "combine"])]  # the first layer is dense
+    assert order == ["mlp", "mlp aside" if ours else "mlp", "combine"]  # the first layer is dense
     assert torch.equal(logits, expected)

@@ -1,18 +1,12 @@
 // Of an MoE layer: which experts compute a token, all that they compute, and the weighted sum of it.
 
 #include "lanes.h"
+#include "operators.h"
 #include "pool.h"
 
 #include <limits>
 #include <memory>
 #include <numeric>
-
-extern "C" {
-void dr_grouped_linear(int64_t groups, const int64_t* rows, const void* const* x, int64_t x_stride, int32_t x_dtype,
-                       const void* const* weights, int32_t w_dtype, const void* const* scales, void* const* out,
-                       int64_t out_stride, int32_t out_dtype, int64_t N, int64_t K, int32_t threads);
-void dr_silu_mul(const void* gate_up, void* out, int32_t dtype, int64_t rows, int64_t width, int32_t threads);
-}
 
 namespace {
 

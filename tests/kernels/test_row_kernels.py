@@ -241,11 +241,26 @@ def test_threads_that_compute_at_once_do_not_mix(native: NativeKernels) -> None:
 def test_attention_of_a_token_does_not_depend_on_the_batch(
     kernels: Kernels, dtype: torch.dtype, widths: Widths
 ) -> None:
-    case = paged_case(dtype, 11, longest=300, widths=widths)
+    case = paged_case(dtype, 20, longest=300, widths=widths)
     together = kernels.latent_attention(**case)
-    for token in range(11):
+    for token in range(20):
         alone = {**case, **{key: case[key][token : token + 1] for key in ("query", "sequence_rows", "positions")}}
         assert torch.equal(kernels.latent_attention(**alone)[0], together[token]), token
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_has_the_same_bits_when_threads_divide_a_context(native: NativeKernels, dtype: torch.dtype) -> None:
+    """Six parts of 384 positions at most, each a task of its own or all of them one after the other."""
+    case = paged_case(dtype, 5, longest=2200, widths=WIDTHS[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = native.latent_attention(**case)
+        torch.set_num_threads(3)
+        assert torch.equal(native.latent_attention(**case), whole)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(whole, ReferenceKernels().latent_attention(**case), rtol=1e-5, atol=1e-5)
 
 
 def test_the_invariance_test_can_fail() -> None:

@@ -1,92 +1,39 @@
 // Absorbed MLA over the paged latent cache: every head reads the same latents (multi-query, key width `width`, value =
 // the first `value_width` of it).
 //
-// Positions come in order, 128 at a time from position 0, with a running maximum and sum as in arXiv 2205.14135. So a
-// head's bits depend on its query and on its context alone, never on the batch, on other heads or on the threads.
+// A context is cut into parts by its length alone. Their positions come in order, 128 at a time, with a running maximum
+// and sum as in arXiv 2205.14135, and the results of the parts are merged in order. So a head's bits depend on its query
+// and on its context alone, never on the batch, on other heads or on the threads.
 //
-// Both products are outer products, some heads by 16 lanes whose sums stay in registers. A score takes its products in
-// the order of the width (of two bfloat16 the second first), one position in each lane; a value takes them in the order
-// of positions. Latents come from memory once: those of a block stay as they are in the second-level cache, the 16 whose
-// scores are computed in the first-level cache.
+// A score takes its products in the order of the width (of two bfloat16 the second first), one position in each lane; a
+// value takes them in the order of positions. Latents come from memory once: those of a block stay as they are in the
+// second-level cache, the 16 whose scores are computed in the first-level cache.
 
-#include <type_traits>
-
+#include "attention_tiles.h"
 #include "latents.h"
 #include "pool.h"
 
 namespace {
 
-constexpr int64_t kPositions = 128;
-constexpr int64_t kLine = 64;  // bytes
-#if defined(__AVX512F__)
-constexpr int kHeads = 8;
-#else
-constexpr int kHeads = 6;
-#endif
+constexpr int64_t kParts = 8, kShortestPart = 2 * kPositions;  // of a context: at most so many, of whole blocks
+constexpr int64_t kMostResults = int64_t(1) << 25;             // floats that a call whose contexts are divided may need
 
-inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
-
-// f(first head, their number as a type) for groups of like size, of at most kHeads heads.
-template <int H = kHeads, typename F>
-inline void with_number(int64_t number, F&& f) {
-    if constexpr (H > 0) {
-        if (number == H) f(std::integral_constant<int, H>());
-        else with_number<H - 1>(number, f);
-    }
-}
-template <typename F>
-inline void for_groups(int64_t heads, F&& f) {
-    const int64_t groups = (heads + kHeads - 1) / kHeads;
-    for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = heads * g / groups;
-        with_number(heads * (g + 1) / groups - first, [&](auto number) { f(first, number); });
-    }
+inline int64_t part_length(int64_t context) {
+    return std::max(kShortestPart, (context + kPositions * kParts - 1) / (kPositions * kParts) * kPositions);
 }
 
-// The tiles are functions of their own so that all registers are theirs.
+// What the positions of a part add up to: sums [heads][values], largest score and sum of weights [heads] each.
+struct Result {
+    float *sums, *top, *total;
+    Result(float* from, int64_t heads, int64_t values)
+        : sums(from), top(from + heads * values), total(top + heads) {}
+    static int64_t size(int64_t heads, int64_t values) { return heads * (values + 2); }
+};
 
-// scores[h][j] = scale * query[h] . latent j, of H heads and 16 positions. query [wide][H], turned [units of wide][16].
-// `next`, if not null: 16 rows that are fetched meanwhile, a line at each step: there are as many steps as lines.
-template <int H, typename T>
-[[gnu::noinline]] void score_tile(const float* query, const T* turned, int64_t wide, const T* const* next, float scale,
-                                  float* scores) {
-    constexpr int kStep = 4 / sizeof(T);
-    Vec acc[H];
-    for (int h = 0; h < H; ++h) acc[h] = Vec::zero();
-    int64_t k = 0;
-    for (int j = 0; j < kLanes; ++j) {
-        const T* line = next ? next[j] : turned;  // to fetch what is here already costs next to nothing
-        for (const int64_t end = wide * (j + 1) / kLanes; k < end; k += kStep) {
-            __builtin_prefetch(line, 0, 2);
-            line += kLine / sizeof(T);
-            for (int s = kStep - 1; s >= 0; --s) {
-                Vec c;
-                if constexpr (kStep == 2) c = Vec::half(turned, s); else c = Vec::load(turned);
-                for (int h = 0; h < H; ++h) acc[h] = acc[h].fma(Vec::all(query[s * H + h]), c);
-            }
-            query += kStep * H;
-            turned += kStep * kLanes;
-        }
-    }
-    for (int h = 0; h < H; ++h) (acc[h] * Vec::all(scale)).store(scores + h * kPositions);
-}
-
-// sums[h] = sums[h] * keep[h] + sum over j of weights[h][j] * latents(j), 16 values of H heads.
-template <int H, typename F>
-[[gnu::noinline]] void value_tile(const float* weights, const float* keep, F latents, int64_t count, float* sums,
-                                  int64_t stride) {
-    Vec acc[H];
-    for (int h = 0; h < H; ++h) acc[h] = Vec::load(sums + h * stride) * Vec::all(keep[h]);
-    for (int64_t j = 0; j < count; ++j) {
-        const Vec c = latents(j);
-        for (int h = 0; h < H; ++h) acc[h] = acc[h].fma(Vec::all(weights[h * kPositions + j]), c);
-    }
-    for (int h = 0; h < H; ++h) acc[h].store(sums + h * stride);
-}
-
-// What one thread works with: some heads of one token.
+// What one thread works with: all heads of one token.
 struct Heads {
-    std::vector<float> query, turned, stripe, scores, sums, top, total, keep;
+    std::vector<float> query, turned, stripe, scores, keep;
+    float *sums, *top, *total;  // of the part at hand
     int64_t heads, width, wide, values;
 
     void start(const float* from, int64_t number, int64_t key_width, int64_t value_width) {
@@ -95,15 +42,19 @@ struct Heads {
         turned.resize(size_t(wide * kLanes));
         stripe.resize(size_t(kPositions * kLanes));
         scores.resize(size_t(heads * kPositions));
-        sums.assign(size_t(heads * values), 0.0f);
-        top.assign(size_t(heads), -INFINITY);
-        total.assign(size_t(heads), 0.0f);
         keep.assign(size_t(padded(heads)), 0.0f);
         for_groups(heads, [&](int64_t first, auto number) {
             float* to = query.data() + first * wide;
             for (int h = 0; h < number; ++h)
                 for (int64_t k = 0; k < width; ++k) to[k * number + h] = from[(first + h) * width + k];
         });
+    }
+
+    void start_part(const Result& result) {
+        sums = result.sums, top = result.top, total = result.total;
+        std::fill_n(sums, heads * values, 0.0f);
+        std::fill_n(top, heads, -INFINITY);
+        std::fill_n(total, heads, 0.0f);
     }
 
     // Of 16 positions, the first of them position `at` of the block; `next` are the rows of the 16 after them.
@@ -154,7 +105,7 @@ struct Heads {
             if (!whole) widen_ends(rows, count, i);
             for_groups(heads, [&](int64_t first, auto number) {
                 const float* weights = scores.data() + first * kPositions;
-                float* to = sums.data() + first * values + i;
+                float* to = sums + first * values + i;
                 if (whole && !first) value_tile<number>(weights, keep.data(), widen, count, to, values);
                 else value_tile<number>(weights, keep.data() + first, widened, count, to, values);
             });
@@ -167,17 +118,9 @@ struct Heads {
         for (int64_t j = 0; j < count; ++j)
             load_some(rows[j] + i, width - i, sizeof(T) == 4 ? kFloat32 : kBfloat16).store(stripe.data() + j * kLanes);
     }
-
-    void finish(int64_t value_width, float* out) const {
-        for (int64_t h = 0; h < heads; ++h)
-            for (int64_t i = 0; i < value_width; i += kLanes) {
-                Vec y = Vec::load(sums.data() + h * values + i) / Vec::all(total[h]);
-                store_some(y, out + h * value_width + i, value_width - i, kFloat32);
-            }
-    }
 };
 
-// The cache of one sequence: `table` has its blocks.
+// The latents of one sequence up to a token; `table` has the blocks of the cache that hold them.
 template <typename T>
 struct Context {
     const T* cache;
@@ -190,15 +133,97 @@ struct Context {
         return cache + (int64_t(table[position / block_size]) * block_size + position % block_size) * width;
     }
 
-    void attend(Heads& state, float scale) const {
+    void attend(int64_t first, int64_t last, Heads& state, float scale) const {
         const T* rows[kPositions + kLanes];
-        for (int64_t begin = 0; begin < length; begin += kPositions) {
-            const int64_t count = std::min(kPositions, length - begin);
+        for (int64_t begin = first; begin < last; begin += kPositions) {
+            const int64_t count = std::min(kPositions, last - begin);
             for (int64_t j = 0; j < padded(count) + kLanes; ++j) rows[j] = row(begin + j);
             for (int64_t j = 0; j < count; j += kLanes) state.score(rows + j, rows + j + kLanes, j, scale);
             state.weigh(count);
             state.add_values(rows, count);
         }
+    }
+};
+
+// out [heads, value_width] from the results of all parts of a context.
+void merge(float* results, int64_t parts, int64_t heads, int64_t value_width, float* out) {
+    const int64_t values = padded(value_width), size = Result::size(heads, values);
+    for (int64_t h = 0; h < heads; ++h) {
+        float share[kLanes], total = 0.0f;
+        std::fill_n(share, kLanes, -INFINITY);
+        for (int64_t p = 0; p < parts; ++p) share[p] = Result(results + p * size, heads, values).top[h];
+        const Vec tops = Vec::load(share);
+        exp_of(tops - Vec::all(max_lanes(tops))).store(share);
+        for (int64_t p = 0; p < parts; ++p) total += Result(results + p * size, heads, values).total[h] * share[p];
+        for (int64_t i = 0; i < value_width; i += kLanes) {
+            Vec y = Vec::zero();
+            for (int64_t p = 0; p < parts; ++p)
+                y = y.fma(Vec::all(share[p]), Vec::load(results + p * size + h * values + i));
+            store_some(y / Vec::all(total), out + h * value_width + i, value_width - i, kFloat32);
+        }
+    }
+}
+
+// One call; see dr_latent_attention.
+struct Attention {
+    const float* query;
+    const void* cache;
+    int32_t cache_dtype;
+    const int32_t* block_tables;
+    int64_t max_blocks, block_size;
+    const int32_t* sequence_rows;
+    const int64_t* positions;
+    float* out;
+    int64_t tokens, heads, width, value_width;
+    float scale;
+
+    int64_t context(int64_t token) const { return positions[token] + 1; }
+    int64_t parts(int64_t token) const {
+        return (context(token) + part_length(context(token)) - 1) / part_length(context(token));
+    }
+    int64_t size() const { return Result::size(heads, padded(value_width)); }
+
+    // The parts [first, last) of a token's context, with the result of part p at results + p * size().
+    void attend(int64_t token, int64_t first, int64_t last, float* results) const {
+        thread_local Heads state_of_thread;
+        Heads& state = state_of_thread;  // looked up once
+        state.start(query + token * heads * width, heads, width, value_width);
+        const int32_t* table = block_tables + int64_t(sequence_rows[token]) * max_blocks;
+        const int64_t length = part_length(context(token));
+        for (int64_t p = first; p < last; ++p) {
+            state.start_part(Result(results + p * size(), heads, state.values));
+            const auto add = [&](auto* rows) {
+                Context{rows, table, block_size, width, context(token)}.attend(
+                    p * length, std::min((p + 1) * length, context(token)), state, scale);
+            };
+            if (cache_dtype == kBfloat16) add(static_cast<const uint16_t*>(cache));
+            else add(static_cast<const float*>(cache));
+        }
+    }
+
+    void finish(int64_t token, float* results) const {
+        merge(results, parts(token), heads, value_width, out + token * heads * value_width);
+    }
+
+    void run_whole(int32_t threads) const {
+        pool::run(tokens, threads, [&](int64_t token) {
+            thread_local std::vector<float> results;
+            results.resize(size_t(kParts * size()));
+            attend(token, 0, parts(token), results.data());
+            finish(token, results.data());
+        });
+    }
+
+    // The parts of a context are tasks of their own.
+    void run_divided(int32_t threads) const {
+        thread_local std::vector<float> results_of_thread;
+        results_of_thread.resize(size_t(tokens * kParts * size()));
+        float* results = results_of_thread.data();  // the caller's: a thread of the pool has another
+        pool::run(tokens * kParts, threads, [&](int64_t task) {
+            const int64_t token = task / kParts, p = task % kParts;
+            if (p < parts(token)) attend(token, p, p + 1, results + token * kParts * size());
+        });
+        pool::run(tokens, threads, [&](int64_t token) { finish(token, results + token * kParts * size()); });
     }
 };
 
@@ -212,25 +237,14 @@ void dr_latent_attention(const float* query, const void* cache, int32_t cache_dt
                          int64_t max_blocks, int64_t block_size, const int32_t* sequence_rows,
                          const int64_t* positions, float* out, int64_t tokens, int64_t heads, int64_t width,
                          int64_t value_width, float scale, int32_t threads) {
+    const Attention call{query, cache, cache_dtype, block_tables, max_blocks, block_size, sequence_rows, positions, out,
+                         tokens, heads, width, value_width, scale};
     int64_t work = 0;
-    for (int64_t t = 0; t < tokens; ++t) work += (positions[t] + 1) * heads * (width + value_width);
+    for (int64_t t = 0; t < tokens; ++t) work += call.context(t) * heads * (width + value_width);
     if (work < kSmallWork) threads = 1;
-    // Turning latents costs once per token if one thread has all of its heads; few tokens are divided all the same.
-    const int64_t parts = tokens < 2 * threads ? std::min<int64_t>(heads, threads) : 1;
-    pool::run(tokens * parts, threads, [&](int64_t task) {
-        thread_local Heads state_of_thread;
-        Heads& state = state_of_thread;  // looked up once
-        const int64_t t = task / parts, part = task % parts;
-        const int64_t first = heads * part / parts, number = heads * (part + 1) / parts - first;
-        const int32_t* table = block_tables + int64_t(sequence_rows[t]) * max_blocks;
-        state.start(query + (t * heads + first) * width, number, width, value_width);
-        const auto attend = [&](auto* typed) {
-            Context{typed, table, block_size, width, positions[t] + 1}.attend(state, scale);
-        };
-        if (cache_dtype == kBfloat16) attend(static_cast<const uint16_t*>(cache));
-        else attend(static_cast<const float*>(cache));
-        state.finish(value_width, out + (t * heads + first) * value_width);
-    });
+    // Few tokens may be fewer than the threads, or have contexts that keep them busy unequally.
+    const bool divide = threads > 1 && tokens < 8 * threads && tokens * kParts * call.size() <= kMostResults;
+    if (divide) call.run_divided(threads); else call.run_whole(threads);
 }
 
 }  // extern "C"

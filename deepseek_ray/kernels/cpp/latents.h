@@ -10,35 +10,26 @@ namespace {
 
 constexpr int64_t kUnits = 8;  // that are turned together
 
-#if defined(__AVX2__)
-// Unit k of vector i becomes unit i of vector k.
-inline void transpose(__m256 (&r)[8]) {
-    __m256 pairs[8], fours[8];
-    for (int i = 0; i < 8; i += 2) {
-        pairs[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int k = 0; k < 2; ++k) {
-            fours[i + 2 * k] = _mm256_shuffle_ps(pairs[i + k], pairs[i + k + 2], 0x44);
-            fours[i + 2 * k + 1] = _mm256_shuffle_ps(pairs[i + k], pairs[i + k + 2], 0xee);
-        }
-    for (int k = 0; k < 4; ++k) {
-        r[k] = _mm256_permute2f128_ps(fours[k], fours[k + 4], 0x20);
-        r[k + 4] = _mm256_permute2f128_ps(fours[k], fours[k + 4], 0x31);
-    }
-}
-#endif
-
 // to[unit][row] of 8 units of 16 rows; `offset` bytes into each row.
 inline void turn_units(const char* const (&rows)[kLanes], int64_t offset, float* to) {
 #if defined(__AVX2__)
-    for (int first = 0; first < kLanes; first += 8) {
-        __m256 r[8];
-        for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[first + j] + offset));
-        transpose(r);
-        for (int k = 0; k < 8; ++k) _mm256_storeu_ps(to + k * kLanes + first, r[k]);
-    }
+    for (int first = 0; first < kLanes; first += 8)
+        for (int half = 0; half < 2; ++half) {
+            __m256 r[4];  // four units of row i and four of row i + 4
+            for (int i = 0; i < 4; ++i) {
+                const auto four = [&](int j) {
+                    return _mm_loadu_ps(reinterpret_cast<const float*>(rows[first + j] + offset) + 4 * half);
+                };
+                r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(four(i)), four(i + 4), 1);
+            }
+            const __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
+            const __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
+            float* t = to + 4 * half * kLanes + first;
+            _mm256_storeu_ps(t, _mm256_shuffle_ps(a, c, 0x44));
+            _mm256_storeu_ps(t + kLanes, _mm256_shuffle_ps(a, c, 0xee));
+            _mm256_storeu_ps(t + 2 * kLanes, _mm256_shuffle_ps(b, d, 0x44));
+            _mm256_storeu_ps(t + 3 * kLanes, _mm256_shuffle_ps(b, d, 0xee));
+        }
 #else
     for (int k = 0; k < kUnits; ++k)
         for (int j = 0; j < kLanes; ++j) std::memcpy(to + k * kLanes + j, rows[j] + offset + 4 * k, 4);

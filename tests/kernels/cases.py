@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,19 +21,32 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
 
 
-def paged_case(dtype: torch.dtype, tokens: int, longest: int = 16, seed: int = 0) -> dict[str, Any]:
+class Widths(NamedTuple):
+    """Of latent attention: heads in one group and in several, rows that are no whole vectors, values to their end."""
+
+    heads: int = 6
+    key: int = 40
+    value: int = 32
+
+
+WIDTHS = [Widths(), Widths(16, 48, 48), Widths(13, 37, 35), Widths(1, 7, 7)]
+
+
+def paged_case(
+    dtype: torch.dtype, tokens: int, longest: int = 16, seed: int = 0, widths: Widths = WIDTHS[0]
+) -> dict[str, Any]:
     """Two sequences whose blocks are scattered and interleaved in the cache; contexts of 1 to `longest` positions."""
-    block_size, width = 4, 40
+    block_size = 4
     blocks = -(-longest // block_size)
     tables = torch.randperm(2 * blocks, generator=torch.Generator().manual_seed(7)).to(torch.int32).view(2, blocks)
     return {
-        "query": random(tokens, 6, width, seed=seed),
-        "cache": random(2 * blocks * block_size, width, dtype=dtype, seed=3),
+        "query": random(tokens, widths.heads, widths.key, seed=seed),
+        "cache": random(2 * blocks * block_size, widths.key, dtype=dtype, seed=3),
         "block_tables": tables,
         "sequence_rows": torch.arange(tokens, dtype=torch.int32) % 2,
         "positions": torch.linspace(0, longest - 1, tokens).long(),
         "block_size": block_size,
-        "value_width": 32,
+        "value_width": widths.value,
         "scale": 0.3,
     }
 

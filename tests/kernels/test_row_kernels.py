@@ -13,7 +13,7 @@ from deepseek_ray.kernels.base import Kernels, PackedWeight
 from deepseek_ray.kernels.native import NativeKernels, load_library
 from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize, round_inputs
 from deepseek_ray.kernels.reference import ReferenceKernels
-from tests.kernels.cases import DTYPES, paged_case, random, tolerance
+from tests.kernels.cases import DTYPES, WIDTHS, Widths, paged_case, random, tolerance
 
 SHAPES = [(0, 16, 8), (1, 1, 1), (3, 17, 40), (9, 64, 97), (70, 200, 48), (150, 70, 1300)]
 """(rows, outputs, inputs): the last has several panels of rows and several runs of inputs."""
@@ -144,9 +144,10 @@ def test_scores_equal_torch_also_at_the_extremes(native: NativeKernels, kind: st
     torch.testing.assert_close(native.scores(logits, kind), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_latent_attention_equals_the_reference(native: NativeKernels, dtype: torch.dtype) -> None:
-    case = paged_case(dtype, 9, longest=150)
+def test_latent_attention_equals_the_reference(native: NativeKernels, dtype: torch.dtype, widths: Widths) -> None:
+    case = paged_case(dtype, 9, longest=300, widths=widths)
     torch.testing.assert_close(
         native.latent_attention(**case), ReferenceKernels().latent_attention(**case), rtol=1e-5, atol=1e-5
     )
@@ -198,7 +199,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
 def test_another_cpu_gives_the_same_bits(native: NativeKernels, plain: NativeKernels, dtype: torch.dtype) -> None:
     """A request may go on there."""
     x, weight, norm = random(14, 130, dtype=dtype), random(37, 130, dtype=dtype, seed=1), random(130, seed=2)
-    case = paged_case(dtype, 11, longest=150)
     for operator in (
         lambda kernels: kernels.linear(x, kernels.pack([weight])),
         lambda kernels: kernels.linear(x, kernels.pack([weight], "int8")),
@@ -207,7 +207,10 @@ def test_another_cpu_gives_the_same_bits(native: NativeKernels, plain: NativeKer
         lambda kernels: kernels.silu_mul(x * 8),
         lambda kernels: kernels.scores(x.float() * 8, "sigmoid"),
         lambda kernels: kernels.scores(x.float() * 8, "softmax"),
-        lambda kernels: kernels.latent_attention(**case),
+        *(
+            lambda kernels, case=paged_case(dtype, 11, 300, widths=widths): kernels.latent_attention(**case)
+            for widths in WIDTHS
+        ),
     ):
         assert torch.equal(operator(plain), operator(native))
     logits = random(1, 5003, seed=3)[0].numpy() * 4
@@ -233,13 +236,31 @@ def test_threads_that_compute_at_once_do_not_mix(native: NativeKernels) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_of_a_token_does_not_depend_on_the_batch(kernels: Kernels, dtype: torch.dtype) -> None:
-    case = paged_case(dtype, 11, longest=150)
+def test_attention_of_a_token_does_not_depend_on_the_batch(
+    kernels: Kernels, dtype: torch.dtype, widths: Widths
+) -> None:
+    case = paged_case(dtype, 20, longest=300, widths=widths)
     together = kernels.latent_attention(**case)
-    for token in range(11):
+    for token in range(20):
         alone = {**case, **{key: case[key][token : token + 1] for key in ("query", "sequence_rows", "positions")}}
         assert torch.equal(kernels.latent_attention(**alone)[0], together[token]), token
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_has_the_same_bits_when_threads_divide_a_context(native: NativeKernels, dtype: torch.dtype) -> None:
+    """Six parts of 384 positions at most, each a task of its own or all of them one after the other."""
+    case = paged_case(dtype, 5, longest=2200, widths=WIDTHS[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = native.latent_attention(**case)
+        torch.set_num_threads(3)
+        assert torch.equal(native.latent_attention(**case), whole)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(whole, ReferenceKernels().latent_attention(**case), rtol=1e-5, atol=1e-5)
 
 
 def test_the_invariance_test_can_fail() -> None:

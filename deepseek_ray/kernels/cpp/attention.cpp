@@ -1,179 +1,229 @@
-// Absorbed MLA over the paged latent cache: every head reads the same latents (multi-query, key width `width`, value = the
-// first `value_width` of it).
+// Absorbed MLA over the paged latent cache: every head reads the same latents (multi-query, key width `width`, value =
+// the first `value_width` of it).
 //
-// Positions come in order, 64 at a time from position 0, with a running maximum and sum as in arXiv 2205.14135. So a
-// head's bits depend on its query and on its context alone, never on the batch, on other heads or on the threads.
+// A context is cut into parts by its length alone. Their positions come in order, 128 at a time, with a running maximum
+// and sum as in arXiv 2205.14135, and the results of the parts are merged in order. So a head's bits depend on its query
+// and on its context alone, never on the batch, on other heads or on the threads.
+//
+// A score takes its products in the order of the width (of two bfloat16 the second first), one position in each lane; a
+// value takes them in the order of positions. Latents come from memory once: those of a block stay as they are in the
+// second-level cache, the 16 whose scores are computed in the first-level cache.
 
-#include "lanes.h"
+#include "attention_tiles.h"
+#include "latents.h"
 #include "pool.h"
 
 namespace {
 
-constexpr int64_t kPositions = 64;
-#if defined(__AVX512F__)
-constexpr int kQueryHeads = 4, kQueryPositions = 4, kValueHeads = 16;
-#else
-constexpr int kQueryHeads = 4, kQueryPositions = 3, kValueHeads = 6;
-#endif
+constexpr int64_t kParts = 8, kShortestPart = 2 * kPositions;  // of a context: at most so many, of whole blocks
+constexpr int64_t kMostResults = int64_t(1) << 25;             // floats that a call whose contexts are divided may need
 
-inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// acc[h][p] = query[h] . latents[p], lane by lane. One half of the lanes after the other: twice as many sums fit the
-// registers, and the bits stay those of whole vectors.
-template <int H, int P>
-inline void multiply(const float* query, const float* latents, int64_t width, Vec (&acc)[H][P]) {
-    for (int half = 0; half < 2; ++half) {
-        __m256 sums[H][P];
-        for (int h = 0; h < H; ++h) for (int p = 0; p < P; ++p) sums[h][p] = _mm256_setzero_ps();
-        for (int64_t i = half * kLanes / 2; i < width; i += kLanes) {
-            __m256 c[P];
-            for (int p = 0; p < P; ++p) {
-                c[p] = _mm256_loadu_ps(latents + p * width + i);
-                if (!half) __builtin_prefetch(latents + (p + P) * width + i);
-            }
-            for (int h = 0; h < H; ++h) {
-                __m256 q = _mm256_loadu_ps(query + h * width + i);
-                for (int p = 0; p < P; ++p) sums[h][p] = _mm256_fmadd_ps(q, c[p], sums[h][p]);
-            }
-        }
-        for (int h = 0; h < H; ++h) for (int p = 0; p < P; ++p) (half ? acc[h][p].hi : acc[h][p].lo) = sums[h][p];
-    }
-}
-#else
-template <int H, int P>
-inline void multiply(const float* query, const float* latents, int64_t width, Vec (&acc)[H][P]) {
-    for (int h = 0; h < H; ++h) for (int p = 0; p < P; ++p) acc[h][p] = Vec::zero();
-    for (int64_t i = 0; i < width; i += kLanes) {
-        Vec c[P];
-        for (int p = 0; p < P; ++p) {
-            c[p] = Vec::load(latents + p * width + i);
-            __builtin_prefetch(latents + (p + P) * width + i);
-        }
-        for (int h = 0; h < H; ++h) {
-            Vec q = Vec::load(query + h * width + i);
-            for (int p = 0; p < P; ++p) acc[h][p] = acc[h][p].fma(q, c[p]);
-        }
-    }
-}
-#endif
-
-// scores[h][j] = scale * query[h] . latents[j] for H heads and P positions.
-template <int H, int P>
-inline void score_tile(const float* query, const float* latents, int64_t width, float scale, float* scores) {
-    Vec acc[H][P];
-    multiply<H, P>(query, latents, width, acc);
-    for (int h = 0; h < H; ++h)
-        for (int p = 0; p < P; ++p) scores[h * kPositions + p] = sum_lanes(acc[h][p]) * scale;
+inline int64_t part_length(int64_t context) {
+    return std::max(kShortestPart, (context + kPositions * kParts - 1) / (kPositions * kParts) * kPositions);
 }
 
-template <int H>
-void score_heads(const float* query, const float* latents, int64_t count, int64_t width, float scale, float* scores) {
-    int64_t j = 0;
-    for (; j + kQueryPositions <= count; j += kQueryPositions)
-        score_tile<H, kQueryPositions>(query, latents + j * width, width, scale, scores + j);
-    for (; j < count; ++j) score_tile<H, 1>(query, latents + j * width, width, scale, scores + j);
-}
+// What the positions of a part add up to: sums [heads][values], largest score and sum of weights [heads] each.
+struct Result {
+    float *sums, *top, *total;
+    Result(float* from, int64_t heads, int64_t values)
+        : sums(from), top(from + heads * values), total(top + heads) {}
+    static int64_t size(int64_t heads, int64_t values) { return heads * (values + 2); }
+};
 
-// sums[h] = sums[h] * keep[h] + sum over j of weights[h][j] * latents[j], 16 values of H heads.
-template <int H>
-inline void value_tile(const float* weights, const float* keep, const float* latents, int64_t count, int64_t width,
-                       float* sums, int64_t sums_stride) {
-    Vec acc[H];
-    for (int h = 0; h < H; ++h) acc[h] = Vec::load(sums + h * sums_stride) * Vec::all(keep[h]);
-    for (int64_t j = 0; j < count; ++j) {
-        Vec c = Vec::load(latents + j * width);
-        for (int h = 0; h < H; ++h) acc[h] = acc[h].fma(Vec::all(weights[h * kPositions + j]), c);
-    }
-    for (int h = 0; h < H; ++h) acc[h].store(sums + h * sums_stride);
-}
-
-template <int H = kValueHeads>
-void value_heads(int64_t heads, const float* weights, const float* keep, const float* latents, int64_t count,
-                 int64_t width, float* sums, int64_t sums_stride) {
-    if constexpr (H > 0) {
-        if (heads == H) value_tile<H>(weights, keep, latents, count, width, sums, sums_stride);
-        else value_heads<H - 1>(heads, weights, keep, latents, count, width, sums, sums_stride);
-    }
-}
-
-constexpr int64_t kRowsAhead = 4;  // of the cache, fetched before they are widened
-
-// A row of the cache in float32.
-inline void widen(const void* row, int32_t dtype, int64_t width, float* to) {
-    int64_t i = 0;
-    if (dtype == kBfloat16) {
-        const uint16_t* from = static_cast<const uint16_t*>(row);
-        for (; i + kLanes <= width; i += kLanes) {
-            __builtin_prefetch(from + kRowsAhead * width + i);
-            Vec::load(from + i).store(to + i);
-        }
-    }
-    for (; i < width; i += kLanes) load_some(at(row, i, dtype), width - i, dtype).store(to + i);
-}
-
-// What one thread works with: some heads of one token.
+// What one thread works with: all heads of one token.
 struct Heads {
-    std::vector<float> query, latents, scores, sums, top, total, keep;
+    std::vector<float> query, turned, stripe, scores, keep;
+    float *sums, *top, *total;  // of the part at hand
+    int64_t heads, width, wide, values;
 
-    void start(const float* from, int64_t heads, int64_t width, int64_t value_width) {
-        const int64_t wide = padded(width), values = padded(value_width);
-        latents.resize(size_t(kPositions * wide));
+    void start(const float* from, int64_t number, int64_t key_width, int64_t value_width) {
+        heads = number, width = key_width, wide = padded(width), values = padded(value_width);
         query.assign(size_t(heads * wide), 0.0f);
+        turned.resize(size_t(wide * kLanes));
+        stripe.resize(size_t(kPositions * kLanes));
         scores.resize(size_t(heads * kPositions));
-        sums.assign(size_t(heads * values), 0.0f);
-        top.assign(size_t(heads), -INFINITY);
-        total.assign(size_t(heads), 0.0f);
-        keep.resize(size_t(heads));
-        for (int64_t h = 0; h < heads; ++h)
-            std::memcpy(query.data() + h * wide, from + h * width, sizeof(float) * size_t(width));
+        keep.assign(size_t(padded(heads)), 0.0f);
+        for_groups(heads, [&](int64_t first, auto number) {
+            float* to = query.data() + first * wide;
+            for (int h = 0; h < number; ++h)
+                for (int64_t k = 0; k < width; ++k) to[k * number + h] = from[(first + h) * width + k];
+        });
     }
 
-    // `count` positions, whose latents are in `latents`.
-    void add(int64_t heads, int64_t count, int64_t wide, int64_t value_width, float scale) {
-        int64_t h = 0;
-        for (; h + kQueryHeads <= heads; h += kQueryHeads)
-            score_heads<kQueryHeads>(query.data() + h * wide, latents.data(), count, wide, scale,
-                                     scores.data() + h * kPositions);
-        for (; h < heads; ++h)
-            score_heads<1>(query.data() + h * wide, latents.data(), count, wide, scale, scores.data() + h * kPositions);
-        for (h = 0; h < heads; ++h) weigh(h, count);
-        const int64_t values = padded(value_width), groups = (heads + kValueHeads - 1) / kValueHeads;
-        for (int64_t i = 0; i < values; i += kLanes)
-            for (int64_t g = 0; g < groups; ++g) {
-                const int64_t first = heads * g / groups, number = heads * (g + 1) / groups - first;
-                value_heads(number, scores.data() + first * kPositions, keep.data() + first, latents.data() + i, count,
-                            wide, sums.data() + first * values + i, values);
-            }
+    void start_part(const Result& result) {
+        sums = result.sums, top = result.top, total = result.total;
+        std::fill_n(sums, heads * values, 0.0f);
+        std::fill_n(top, heads, -INFINITY);
+        std::fill_n(total, heads, 0.0f);
     }
 
-    // Scores of a head become weights relative to the largest score so far; what was summed before shrinks by `keep`.
-    void weigh(int64_t h, int64_t count) {
-        float* s = scores.data() + h * kPositions;
-        std::fill(s + count, s + kPositions, -INFINITY);
-        Vec most = Vec::load(s);
-        for (int64_t j = kLanes; j < kPositions; j += kLanes) most = most.max(Vec::load(s + j));
-        const float highest = std::max(top[h], max_lanes(most));
-        keep[h] = of_one(top[h] - highest);
-        top[h] = highest;
-        Vec sum = Vec::zero();
-        for (int64_t j = 0; j < kPositions; j += kLanes) {
-            exp_of(Vec::load(s + j) - Vec::all(highest)).store(s + j);
-            for (int64_t i = std::max(j, count); i < j + kLanes; ++i) s[i] = 0.0f;
-            sum = sum + Vec::load(s + j);
+    // Of 16 positions, the first of them position `at` of the block; `next` are the rows of the 16 after them.
+    template <typename T>
+    void score(const T* const* rows, const T* const* next, int64_t at, float scale) {
+        turn_rows(rows, width, wide, turned.data());
+        for_groups(heads, [&](int64_t first, auto number) {
+            score_tile<number>(query.data() + first * wide, reinterpret_cast<const T*>(turned.data()), wide,
+                               first ? nullptr : next, scale, scores.data() + first * kPositions + at);
+        });
+    }
+
+    // Scores become weights relative to the largest score so far; what was summed before shrinks by `keep`.
+    void weigh(int64_t count) {
+        const int64_t end = padded(count);
+        for (int64_t h = 0; h < heads; ++h) {
+            float* s = scores.data() + h * kPositions;
+            std::fill(s + count, s + end, -INFINITY);
+            Vec most = Vec::load(s);
+            for (int64_t j = kLanes; j < end; j += kLanes) most = most.max(Vec::load(s + j));
+            const float highest = std::max(top[h], max_lanes(most));
+            keep[h] = top[h] - highest;
+            top[h] = highest;
         }
-        total[h] = total[h] * keep[h] + sum_lanes(sum);
+        for (int64_t h = 0; h < heads; h += kLanes) exp_of(Vec::load(keep.data() + h)).store(keep.data() + h);
+        for (int64_t h = 0; h < heads; ++h) {
+            float* s = scores.data() + h * kPositions;
+            for (int64_t j = 0; j < end; j += kLanes) exp_of(Vec::load(s + j) - Vec::all(top[h])).store(s + j);
+            std::fill(s + count, s + end, 0.0f);
+            Vec sum = Vec::zero();
+            for (int64_t j = 0; j < end; j += kLanes) sum = sum + Vec::load(s + j);
+            total[h] = total[h] * keep[h] + sum_lanes(sum);
+        }
     }
 
-    static float of_one(float x) { float y[kLanes]; exp_of(Vec::all(x)).store(y); return y[0]; }
+    // The first group of heads leaves the latents it has widened to the others.
+    template <typename T>
+    void add_values(const T* const* rows, int64_t count) {
+        for (int64_t i = 0; i < values; i += kLanes) {
+            float* wide_stripe = stripe.data();
+            const auto widened = [=](int64_t j) { return Vec::load(wide_stripe + j * kLanes); };
+            const auto widen = [=](int64_t j) {
+                const Vec c = Vec::load(rows[j] + i);
+                c.store(wide_stripe + j * kLanes);
+                return c;
+            };
+            const bool whole = width - i >= kLanes;
+            if (!whole) widen_ends(rows, count, i);
+            for_groups(heads, [&](int64_t first, auto number) {
+                const float* weights = scores.data() + first * kPositions;
+                float* to = sums + first * values + i;
+                if (whole && !first) value_tile<number>(weights, keep.data(), widen, count, to, values);
+                else value_tile<number>(weights, keep.data() + first, widened, count, to, values);
+            });
+        }
+    }
 
-    void finish(int64_t heads, int64_t value_width, float* out) const {
-        const int64_t values = padded(value_width);
-        for (int64_t h = 0; h < heads; ++h)
-            for (int64_t i = 0; i < value_width; i += kLanes) {
-                Vec y = Vec::load(sums.data() + h * values + i) / Vec::all(total[h]);
-                store_some(y, out + h * value_width + i, value_width - i, kFloat32);
-            }
+    // The last columns of rows that end before 16 more.
+    template <typename T>
+    void widen_ends(const T* const* rows, int64_t count, int64_t i) {
+        for (int64_t j = 0; j < count; ++j)
+            load_some(rows[j] + i, width - i, sizeof(T) == 4 ? kFloat32 : kBfloat16).store(stripe.data() + j * kLanes);
+    }
+};
+
+// The latents of one sequence up to a token; `table` has the blocks of the cache that hold them.
+template <typename T>
+struct Context {
+    const T* cache;
+    const int32_t* table;
+    int64_t block_size, width, length;
+
+    // The last row stands for those beyond it: their scores are not used.
+    const T* row(int64_t position) const {
+        position = std::min(position, length - 1);
+        return cache + (int64_t(table[position / block_size]) * block_size + position % block_size) * width;
+    }
+
+    void attend(int64_t first, int64_t last, Heads& state, float scale) const {
+        const T* rows[kPositions + kLanes];
+        for (int64_t begin = first; begin < last; begin += kPositions) {
+            const int64_t count = std::min(kPositions, last - begin);
+            for (int64_t j = 0; j < padded(count) + kLanes; ++j) rows[j] = row(begin + j);
+            for (int64_t j = 0; j < count; j += kLanes) state.score(rows + j, rows + j + kLanes, j, scale);
+            state.weigh(count);
+            state.add_values(rows, count);
+        }
+    }
+};
+
+// out [heads, value_width] from the results of all parts of a context.
+void merge(float* results, int64_t parts, int64_t heads, int64_t value_width, float* out) {
+    const int64_t values = padded(value_width), size = Result::size(heads, values);
+    for (int64_t h = 0; h < heads; ++h) {
+        float share[kLanes], total = 0.0f;
+        std::fill_n(share, kLanes, -INFINITY);
+        for (int64_t p = 0; p < parts; ++p) share[p] = Result(results + p * size, heads, values).top[h];
+        const Vec tops = Vec::load(share);
+        exp_of(tops - Vec::all(max_lanes(tops))).store(share);
+        for (int64_t p = 0; p < parts; ++p) total += Result(results + p * size, heads, values).total[h] * share[p];
+        for (int64_t i = 0; i < value_width; i += kLanes) {
+            Vec y = Vec::zero();
+            for (int64_t p = 0; p < parts; ++p)
+                y = y.fma(Vec::all(share[p]), Vec::load(results + p * size + h * values + i));
+            store_some(y / Vec::all(total), out + h * value_width + i, value_width - i, kFloat32);
+        }
+    }
+}
+
+// One call; see dr_latent_attention.
+struct Attention {
+    const float* query;
+    const void* cache;
+    int32_t cache_dtype;
+    const int32_t* block_tables;
+    int64_t max_blocks, block_size;
+    const int32_t* sequence_rows;
+    const int64_t* positions;
+    float* out;
+    int64_t tokens, heads, width, value_width;
+    float scale;
+
+    int64_t context(int64_t token) const { return positions[token] + 1; }
+    int64_t parts(int64_t token) const {
+        return (context(token) + part_length(context(token)) - 1) / part_length(context(token));
+    }
+    int64_t size() const { return Result::size(heads, padded(value_width)); }
+
+    // The parts [first, last) of a token's context, with the result of part p at results + p * size().
+    void attend(int64_t token, int64_t first, int64_t last, float* results) const {
+        thread_local Heads state_of_thread;
+        Heads& state = state_of_thread;  // looked up once
+        state.start(query + token * heads * width, heads, width, value_width);
+        const int32_t* table = block_tables + int64_t(sequence_rows[token]) * max_blocks;
+        const int64_t length = part_length(context(token));
+        for (int64_t p = first; p < last; ++p) {
+            state.start_part(Result(results + p * size(), heads, state.values));
+            const auto add = [&](auto* rows) {
+                Context{rows, table, block_size, width, context(token)}.attend(
+                    p * length, std::min((p + 1) * length, context(token)), state, scale);
+            };
+            if (cache_dtype == kBfloat16) add(static_cast<const uint16_t*>(cache));
+            else add(static_cast<const float*>(cache));
+        }
+    }
+
+    void finish(int64_t token, float* results) const {
+        merge(results, parts(token), heads, value_width, out + token * heads * value_width);
+    }
+
+    void run_whole(int32_t threads) const {
+        pool::run(tokens, threads, [&](int64_t token) {
+            thread_local std::vector<float> results;
+            results.resize(size_t(kParts * size()));
+            attend(token, 0, parts(token), results.data());
+            finish(token, results.data());
+        });
+    }
+
+    // The parts of a context are tasks of their own.
+    void run_divided(int32_t threads) const {
+        thread_local std::vector<float> results_of_thread;
+        results_of_thread.resize(size_t(tokens * kParts * size()));
+        float* results = results_of_thread.data();  // the caller's: a thread of the pool has another
+        pool::run(tokens * kParts, threads, [&](int64_t task) {
+            const int64_t token = task / kParts, p = task % kParts;
+            if (p < parts(token)) attend(token, p, p + 1, results + token * kParts * size());
+        });
+        pool::run(tokens, threads, [&](int64_t token) { finish(token, results + token * kParts * size()); });
     }
 };
 
@@ -187,30 +237,14 @@ void dr_latent_attention(const float* query, const void* cache, int32_t cache_dt
                          int64_t max_blocks, int64_t block_size, const int32_t* sequence_rows,
                          const int64_t* positions, float* out, int64_t tokens, int64_t heads, int64_t width,
                          int64_t value_width, float scale, int32_t threads) {
-    const int64_t wide = padded(width);
+    const Attention call{query, cache, cache_dtype, block_tables, max_blocks, block_size, sequence_rows, positions, out,
+                         tokens, heads, width, value_width, scale};
     int64_t work = 0;
-    for (int64_t t = 0; t < tokens; ++t) work += (positions[t] + 1) * heads * (width + value_width);
+    for (int64_t t = 0; t < tokens; ++t) work += call.context(t) * heads * (width + value_width);
     if (work < kSmallWork) threads = 1;
-    // Reading a latent costs once per token if one thread has all of its heads; few tokens are divided all the same.
-    const int64_t parts = tokens < 2 * threads ? std::min<int64_t>(heads, threads) : 1;
-    pool::run(tokens * parts, threads, [&](int64_t task) {
-        thread_local Heads state_of_thread;
-        Heads& state = state_of_thread;  // looked up once
-        const int64_t t = task / parts, part = task % parts;
-        const int64_t first = heads * part / parts, number = heads * (part + 1) / parts - first;
-        const int64_t context = positions[t] + 1;
-        const int32_t* table = block_tables + int64_t(sequence_rows[t]) * max_blocks;
-        state.start(query + (t * heads + first) * width, number, width, value_width);
-        for (int64_t begin = 0; begin < context; begin += kPositions) {
-            const int64_t count = std::min(kPositions, context - begin);
-            for (int64_t j = 0; j < count; ++j) {
-                const int64_t slot = int64_t(table[(begin + j) / block_size]) * block_size + (begin + j) % block_size;
-                widen(at(cache, slot * width, cache_dtype), cache_dtype, width, state.latents.data() + j * wide);
-            }
-            state.add(number, count, wide, value_width, scale);
-        }
-        state.finish(number, value_width, out + (t * heads + first) * value_width);
-    });
+    // Few tokens may be fewer than the threads, or have contexts that keep them busy unequally.
+    const bool divide = threads > 1 && tokens < 8 * threads && tokens * kParts * call.size() <= kMostResults;
+    if (divide) call.run_divided(threads); else call.run_whole(threads);
 }
 
 }  // extern "C"

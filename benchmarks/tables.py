@@ -18,6 +18,7 @@ from benchmarks.sections.generation import (
     startup_section,
     step_profile_section,
 )
+from benchmarks.sections.gpu import gpu_decode_section, gpu_kernels_section
 from benchmarks.sections.placement import placement_section
 from benchmarks.sections.serving import frames_section, http_section, long_context_section, simulation_section
 from benchmarks.sections.training import strategies_section, training_section, tuning_section
@@ -45,6 +46,8 @@ def main() -> None:
         "placement": placement_section,
         "strategies": strategies_section,
         "tuning": tuning_section,
+        "gpu_decode": gpu_decode_section,
+        "gpu_kernels": gpu_kernels_section,
     }
     sections = [_HEAD, *(section(newest(what)) for what, section in written.items() if list(results_of(what)))]
     PAGE.write_text("\n".join(sections), encoding="utf-8")

@@ -188,6 +188,6 @@ def attention_backward(
     queries, expanded, *_ = inputs
     of_queries, of_expanded = torch.empty_like(queries), torch.empty_like(expanded)
     of_k_rope = queries.new_empty(shape.k_rope)
-    given = (*inputs, shape.sizes, shape.scale, out, logs, grad)
+    given: tuple[Tensor | float, ...] = (*inputs, shape.sizes, shape.scale, out, logs, grad)
     call("dt_attention_backward", *given, of_queries, of_expanded, of_k_rope)
     return of_queries, of_expanded, of_k_rope.sum(1)

@@ -1,4 +1,4 @@
-"""All routed experts of one layer in one module, for training: gather each expert's tokens, multiply, sum what comes back.
+"""All routed experts of one layer in one module, for training: gather each expert's tokens, multiply, sum again.
 
 Letters: T tokens, K experts per token, E routed experts, H hidden size, I width of an expert.
 """
@@ -30,7 +30,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        """hidden: [T, H]; expert_ids: [T, K] int64; weights: [T, K] float32; counts: [E] int64, the tokens of each expert.
+        """hidden: [T, H]; expert_ids: [T, K] int64; weights: [T, K] float32; counts: [E] int64, tokens of each expert.
 
         Returns [T, H] float32, the weighted sum over each token's slots.
         """

@@ -47,8 +47,8 @@ def causal_attention(
 ) -> Tensor:
     """Multi-head latent attention of each sequence, over keys and values expanded per head, which are rotated here.
 
-    queries: [B, S, heads, nope + rope]; expanded: [B, S, heads, nope + value], keys before values; k_rope: [B, S, rope],
-    of all heads; rotation: cos and sin, [B or 1, S, rope / 2]. Returns [B, S, heads, value].
+    queries: [B, S, heads, nope + rope]; expanded: [B, S, heads, nope + value], keys before values; k_rope:
+    [B, S, rope], of all heads; rotation: cos and sin, [B or 1, S, rope / 2]. Returns [B, S, heads, value].
     """
     return _CausalAttention.apply(queries, expanded, k_rope, *rotation, interleaved, scale)
 
@@ -64,8 +64,9 @@ class _RunExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate_up, down, counts, projected = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        return *kernels.run_experts_backward(*ctx.saved_tensors, grad.contiguous(), wanted), None
+        return *kernels.run_experts_backward(rows, gate_up, down, counts, projected, grad.contiguous(), wanted), None
 
 
 class _WeightedSlots(torch.autograd.Function):
@@ -78,7 +79,8 @@ class _WeightedSlots(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        of_rows, of_weights = kernels.gather_slots_backward(*ctx.saved_tensors, grad.contiguous())
+        rows, places, weights = ctx.saved_tensors
+        of_rows, of_weights = kernels.gather_slots_backward(rows, places, weights, grad.contiguous())
         return of_rows, None, of_weights
 
 
@@ -108,7 +110,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.swiglu_backward(*ctx.saved_tensors, grad.contiguous())
+        gate, up = ctx.saved_tensors
+        return kernels.swiglu_backward(gate, up, grad.contiguous())
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -124,7 +127,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return kernels.cross_entropy_backward(*ctx.saved_tensors, grad.item()), None
+        logits, targets, logs = ctx.saved_tensors
+        return kernels.cross_entropy_backward(logits, targets, logs, grad.item()), None
 
 
 class _CausalAttention(torch.autograd.Function):

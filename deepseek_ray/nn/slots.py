@@ -1,4 +1,4 @@
-"""The rows of (token, slot) pairs: in the order of the experts that compute them, and summed again over each token's slots.
+"""The rows of (token, slot) pairs: in the order of the experts that compute them, and summed again over the slots.
 
 Letters: T tokens, K experts per token (slots), H hidden size.
 """

@@ -98,10 +98,11 @@ inline void pack_left(const Operand& a, int64_t rows, int64_t inner, float* out)
     for (int64_t i = 0; i < rows; i += kTileRows, out += inner * kTileRows) {
         const int64_t height = std::min(kTileRows, rows - i);
         int64_t k = 0;
-        if (height == kTileRows && !a.inner_is_row) {
-            for (; k + 8 <= inner; k += 8)  // each six floats overwrite the slack of those before
+        if (height == kTileRows && !a.inner_is_row)
+            for (; k + 8 <= inner; k += 8)  // eight floats each: six overwrite the last two of those before
                 transpose_eight<kTileRows>(a.row(i) + k, a.stride, out + k * kTileRows, kTileRows);
-        }
+        if (a.inner_is_row && i + 8 <= rows)
+            for (; k < inner; ++k) std::memcpy(out + k * kTileRows, a.row(k) + i, 8 * sizeof(float));
         for (; k < inner; ++k)
             for (int64_t r = 0; r < kTileRows; ++r)
                 out[k * kTileRows + r] = r >= height ? 0.0f : a.inner_is_row ? a.row(k)[i + r] : a.row(i + r)[k];

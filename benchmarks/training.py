@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.results_file import write_results
-from benchmarks.training_profile import time_by_kind
+from benchmarks.training_profile import product_rate, time_by_kind
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.data.loader import Batch
 from deepseek_ray.data.tokenizer_training import train_tokenizer
@@ -123,6 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = measure(options.steps)
+    multiplied = CONFIG.model.num_active_parameters - CONFIG.model.vocab_size * CONFIG.model.hidden_size
     rows: list[dict[str, Any]] = [
         {
             "system": name,
@@ -139,6 +140,8 @@ def main() -> None:
         "parameters": CONFIG.model.num_parameters,
         "active_parameters": CONFIG.model.num_active_parameters,
         "tokens_per_step": CONFIG.tokens_per_step,
+        "product_flop_per_step": 6 * multiplied * CONFIG.tokens_per_step,
+        "product_flop_per_second": product_rate(),
         "steps": options.steps,
         "max_loss_difference": max(abs(a - b) for a, b in pairs),
         "rows": rows,

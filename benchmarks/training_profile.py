@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 _KINDS: dict[str, tuple[str, ...]] = {
@@ -28,6 +30,17 @@ def time_by_kind(run: Callable[[], Any]) -> dict[str, float]:
     for event in profiled.events():
         found[_kind_of(event)] += event.self_cpu_time_total / 1000
     return {kind: found[kind] for kind in KINDS}
+
+
+def product_rate(size: int = 1536, rounds: int = 9) -> float:
+    """FLOP/s of torch's best product of two float32 matrices."""
+    a, b, out = (torch.ones(size, size) for _ in range(3))
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 def _kind_of(event: Any) -> str:

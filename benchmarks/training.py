@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.results_file import write_results
+from benchmarks.training_profile import product_rate, time_by_kind
 from deepseek_ray.config.run import PretrainConfig
 from deepseek_ray.data.loader import Batch
 from deepseek_ray.data.tokenizer_training import train_tokenizer
@@ -93,12 +94,12 @@ class Text:
         return [{"tokens": part, "document_ids": torch.zeros_like(part)} for part in parts]
 
 
-def measure(steps: int) -> dict[str, dict[str, list[float]]]:
-    """Of each model: seconds and loss of every step."""
+def measure(steps: int) -> dict[str, dict[str, Any]]:
+    """Of each model: seconds and loss of every step, and where the time of one more goes."""
     text = Text()
     with tempfile.TemporaryDirectory() as directory:
         made = trainers(Path(directory))
-    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "losses": []} for name in made}
+    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "losses": []} for name in made}
     for step in range(1, steps + 1):
         batches = text.batches(step)
         for name, trainer in made.items():
@@ -109,6 +110,9 @@ def measure(steps: int) -> dict[str, dict[str, list[float]]]:
             f"step {step}: " + ", ".join(f"{name} {own['seconds'][-1]:.2f} s" for name, own in found.items()),
             flush=True,
         )
+    last = text.batches(steps + 1)
+    for name, trainer in made.items():
+        found[name]["profile"] = time_by_kind(lambda trainer=trainer: trainer.run(steps + 1, last))  # type: ignore[misc]
     return found
 
 
@@ -119,11 +123,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = measure(options.steps)
+    multiplied = CONFIG.model.num_active_parameters - CONFIG.model.vocab_size * CONFIG.model.hidden_size
     rows: list[dict[str, Any]] = [
         {
             "system": name,
             "tokens_per_second": CONFIG.tokens_per_step / statistics.median(own["seconds"][_WARM_UP_STEPS:]),
             "losses": own["losses"],
+            "profile": own["profile"],
         }
         for name, own in found.items()
     ]
@@ -134,12 +140,15 @@ def main() -> None:
         "parameters": CONFIG.model.num_parameters,
         "active_parameters": CONFIG.model.num_active_parameters,
         "tokens_per_step": CONFIG.tokens_per_step,
+        "product_flop_per_step": 6 * multiplied * CONFIG.tokens_per_step,
+        "product_flop_per_second": product_rate(),
         "steps": options.steps,
         "max_loss_difference": max(abs(a - b) for a, b in pairs),
         "rows": rows,
     }
     for row in rows:
         print(f"{row['system']:>12}  {row['tokens_per_second']:7.1f} tokens/s  last loss {row['losses'][-1]:.4f}")
+        print(", ".join(f"{kind} {spent:.0f} ms" for kind, spent in row["profile"].items()))
     write_results("training", result)
 
 

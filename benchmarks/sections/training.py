@@ -23,8 +23,26 @@ def training_section(result: dict[str, Any]) -> str:
         f"| transformers | {speeds['transformers']:.0f} | 1.00x |",
         f"| deepseek_ray | {speeds['deepseek_ray']:.0f} | {ratio:.2f}x |",
         "",
+        *_profile(result),
+        "",
     ]
     return "\n".join(lines)
+
+
+def _profile(result: dict[str, Any]) -> list[str]:
+    """Where the time of a step goes, and the least that its matrix products take."""
+    by_system = {row["system"]: row["profile"] for row in result["rows"]}
+    own, peer = by_system["deepseek_ray"], by_system["transformers"]
+    flop, rate = result["product_flop_per_step"], result["product_flop_per_second"]
+    return [
+        "Where one step's time goes, milliseconds under torch's profiler, which slows many small operators the most. "
+        f"The weights take part in {flop / 1e9:.0f} GFLOP of products a step, at least {flop / rate:.1f} s at the "
+        f"{rate / 1e9:.0f} GFLOP/s of torch's best large product, measured in the same run: that bounds both.",
+        "",
+        "| part of the step | deepseek_ray | transformers |",
+        "|---|---|---|",
+        *(f"| {kind} | {own[kind]:.0f} | {peer[kind]:.0f} |" for kind in own),
+    ]
 
 
 def strategies_section(result: dict[str, Any]) -> str:

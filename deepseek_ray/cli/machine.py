@@ -120,7 +120,8 @@ def _gpus() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-    from deepseek_ray.kernels.native import KernelBuildError, load_library
+    from deepseek_ray.kernels.build import KernelBuildError
+    from deepseek_ray.kernels.native import load_library
 
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     try:

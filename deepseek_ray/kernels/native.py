@@ -5,110 +5,31 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepseek_ray.errors import DeepSeekRayError
+from deepseek_ray.kernels import build
 from deepseek_ray.kernels.aside import Aside
 from deepseek_ray.kernels.base import PackedWeight, ScoreKind
 from deepseek_ray.kernels.native_steps import DTYPES, NativeSteps, declare
 from deepseek_ray.kernels.quantize import INT4_GROUP, Quantization
 
-_SOURCES = Path(__file__).with_name("cpp")
-# No contraction: a multiply-add is fused exactly where the source says so, in every template instance and loop tail.
-_FLAGS = [
-    *["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
-    *["-pthread", "-fPIC"],
-]
 _LANES = 16
-
-
-class KernelBuildError(DeepSeekRayError):
-    """There is no C++ compiler, or it refused ours. The torch operators serve instead, slower."""
-
-
-def cache_directory() -> Path:
-    """Where built kernels live: `$DEEPSEEK_RAY_CACHE` or `$XDG_CACHE_HOME/deepseek_ray`."""
-    root = os.environ.get("DEEPSEEK_RAY_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek_ray"
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The compiled operators; built once per (source, flags, compiler, CPU), raises KernelBuildError."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if not compiler:
-        raise KernelBuildError(
-            "no C++ compiler found (looked for $CXX, g++, clang++, c++); install g++ for fast kernels"
-        )
-    path = cache_directory() / "kernels" / f"rows-{_build_key(compiler)}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # of the actors that start together, one builds
-            if not path.exists():
-                _build(compiler, path)
-    library = ctypes.CDLL(str(path))
+    """The compiled operators of serving; raises KernelBuildError."""
+    library = build.library("rows", build.SOURCES, build.FLAGS)
     library.dr_check()
     declare(library)
     library.dr_sample.restype = ctypes.c_int64
     return library
-
-
-def _build_key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256()
-    for source in sorted(_SOURCES.iterdir()):
-        digest.update(source.read_bytes())
-    digest.update("\n".join([*_FLAGS, version, torch.__version__, _cpu_flags()]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _cpu_flags() -> str:
-    """The CPU's instruction sets: a cache directory may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _build(compiler: str, library: Path) -> None:
-    """Compile aside, the files at once, then rename: nobody sees half a file."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        objects = {source: Path(scratch, source.stem + ".o") for source in sorted(_SOURCES.glob("*.cpp"))}
-        compiling = [
-            subprocess.Popen(
-                [compiler, *_FLAGS, "-c", str(source), "-o", str(target)], stderr=subprocess.PIPE, text=True
-            )
-            for source, target in objects.items()
-        ]
-        results = [(process.communicate()[1], process.returncode) for process in compiling]
-        for said, status in results:
-            _require_success(compiler, status, said)
-        whole = Path(scratch, library.name)
-        command = [compiler, *_FLAGS, "-shared", *map(str, objects.values()), "-o", str(whole)]
-        linked = subprocess.run(command, capture_output=True, text=True, check=False)
-        _require_success(compiler, linked.returncode, linked.stderr)
-        os.replace(whole, library)
-
-
-def _require_success(compiler: str, status: int, said: str) -> None:
-    if status:
-        raise KernelBuildError(f"{compiler} could not build the kernels (exit {status}): {said[-500:]}")
 
 
 class NativeKernels(NativeSteps):

@@ -10,8 +10,9 @@ import torch
 
 from deepseek_ray.errors import ConfigError
 from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.build import KernelBuildError
 from deepseek_ray.kernels.fast import FastKernels
-from deepseek_ray.kernels.native import KernelBuildError, NativeKernels
+from deepseek_ray.kernels.native import NativeKernels
 from deepseek_ray.kernels.reference import ReferenceKernels
 
 logger = logging.getLogger(__name__)

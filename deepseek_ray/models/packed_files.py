@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.kernels.base import PackedWeight
-from deepseek_ray.kernels.native import cache_directory
+from deepseek_ray.kernels.build import cache_directory
 from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.models.checkpoint import CheckpointReader
 

@@ -25,10 +25,11 @@ from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.decoder_weights import DecoderWeights, biased
 from deepseek_ray.nn.gate import choice_of, choose_experts
-from deepseek_ray.nn.moe import ExpertBackend, combine_slots
+from deepseek_ray.nn.moe import ExpertBackend
 from deepseek_ray.nn.norm import LATENT_NORM_EPS
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
 from deepseek_ray.nn.rope import apply_rope, rope_tables
+from deepseek_ray.nn.slots import combine_slots
 from deepseek_ray.nn.transfer import moved
 
 

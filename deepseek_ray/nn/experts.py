@@ -1,4 +1,4 @@
-"""All routed experts of one layer in one module, for training: gather each expert's tokens, multiply, put them back.
+"""All routed experts of one layer in one module, for training: gather each expert's tokens, multiply, sum again.
 
 Letters: T tokens, K experts per token, E routed experts, H hidden size, I width of an expert.
 """
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.kernels.training import serves
+from deepseek_ray.nn import fused
+from deepseek_ray.nn.slots import SlotOrder
 
 
 class Experts(nn.Module):
@@ -26,21 +29,21 @@ class Experts(nn.Module):
         """[E, 2 I, H]: gate projection above up projection."""
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, hidden: Tensor, expert_ids: Tensor, counts: Tensor) -> Tensor:
-        """hidden: [T, H]; expert_ids: [T, K] int64; counts: [E] int64, the tokens of each expert.
+    def forward(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """hidden: [T, H]; expert_ids: [T, K] int64; weights: [T, K] float32; counts: [E] int64, tokens of each expert.
 
-        Returns [T, K, H], one unweighted row per (token, slot).
+        Returns [T, H] float32, the weighted sum over each token's slots.
         """
-        order = expert_ids.flatten().argsort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        rows = self.compute(_ToExperts.apply(hidden, order, place, expert_ids.shape[1]), counts)
-        return _FromExperts.apply(rows, order, place).view(*expert_ids.shape, hidden.shape[1])
+        slots = SlotOrder(expert_ids)
+        return slots.combine(self.compute(slots.to_experts(hidden), counts), weights)
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows: [N, H] in expert order; counts: [E] int64, the rows of each expert. Returns [N, H] in the same order.
 
         Experts without rows get a gradient of zero.
         """
+        if serves(rows, self.gate_up, self.down):
+            return fused.run_experts(rows, self.gate_up, self.down, counts)
         sizes = counts.tolist()
         gate, up = grouped_linear(rows, self.gate_up, sizes).chunk(2, dim=-1)
         return grouped_linear(F.silu(gate) * up, self.down, sizes)
@@ -98,38 +101,3 @@ def _slices(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
         end += size
         if size:
             yield expert, slice(end - size, end)
-
-
-class _ToExperts(torch.autograd.Function):
-    """[T, H] -> [T K, H] in expert order. `order` lists (token, slot) pairs by expert, `place` is its inverse.
-
-    torch's own backward of a gather adds rows one by one; here every (token, slot) has one place, so it is a gather
-    too, in a fixed order on any device.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, order: Tensor, place: Tensor, slots: int) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.shape = (hidden.shape[0], slots, hidden.shape[1])
-        return hidden.index_select(0, order // slots)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (place,) = ctx.saved_tensors
-        return grad.index_select(0, place).view(ctx.shape).sum(1), None, None, None
-
-
-class _FromExperts(torch.autograd.Function):
-    """[T K, H] in expert order -> [T K, H] in (token, slot) order."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return rows.index_select(0, place)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order), None, None

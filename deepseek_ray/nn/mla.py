@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.kernels.training import serves
+from deepseek_ray.nn import fused
 from deepseek_ray.nn.norm import LATENT_NORM_EPS, RMSNorm
 from deepseek_ray.nn.rope import apply_rope
 
@@ -44,39 +46,51 @@ class MLA(nn.Module):
 
         mask: [B, 1, S, S] bool, True where a query (row) may see a key; None is plainly causal.
         """
-        q_nope, q_rope = self._queries(hidden, rotation)
-        latent, k_rope = self._latents(hidden, rotation)
+        queries = self._queries(hidden)
+        latent, k_rope = self._latents(hidden)
+        if mask is None and not self.absorbed and serves(queries, latent, k_rope):
+            return self.o_proj(self._attend_fused(queries, latent, k_rope, rotation).flatten(2))
+        nope, rope = queries.transpose(1, 2).split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
         attend = self._attend_absorbed if self.absorbed else self._attend_naive
-        return self.o_proj(attend(q_nope, q_rope, latent, k_rope, mask).transpose(1, 2).flatten(2))
+        q_rope, k_rope = self._rotated(rope, rotation), self._rotated(k_rope.unsqueeze(1), rotation)
+        return self.o_proj(attend(nope, q_rope, latent.unsqueeze(1), k_rope, mask).transpose(1, 2).flatten(2))
 
-    def _queries(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Both parts of the queries: [B, N, S, qk_nope_head_dim] and, rotated, [B, N, S, qk_rope_head_dim]."""
-        config = self.config
-        if config.q_lora_rank is None:
+    def _queries(self, hidden: Tensor) -> Tensor:
+        """[B, S, N, qk_nope_head_dim + qk_rope_head_dim], not rotated yet."""
+        if self.config.q_lora_rank is None:
             queries = self.q_proj(hidden)
         else:
             queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
-        queries = queries.unflatten(-1, (-1, config.qk_head_dim)).transpose(1, 2)
-        nope, rope = queries.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        return nope, self._rotated(rope, rotation)
+        return queries.unflatten(-1, (-1, self.config.qk_head_dim))
 
-    def _latents(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """What a KV cache would hold: normalised latents [B, 1, S, R], rotated keys [B, 1, S, qk_rope_head_dim]."""
+    def _latents(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latents [B, S, R], as a KV cache would hold them, and keys [B, S, qk_rope_head_dim], not rotated
+        yet."""
         config = self.config
         latent, rope = self.kv_a_proj_with_mqa(hidden).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return self.kv_a_layernorm(latent).unsqueeze(1), self._rotated(rope.unsqueeze(1), rotation)
+        return self.kv_a_layernorm(latent), rope
+
+    def _expanded(self, latent: Tensor) -> Tensor:
+        """[B, S, R] -> keys before values of each head, [B, S, N, qk_nope_head_dim + v_head_dim]."""
+        return self.kv_b_proj(latent).unflatten(-1, (-1, self.config.qk_nope_head_dim + self.config.v_head_dim))
 
     def _rotated(self, x: Tensor, rotation: Rotation) -> Tensor:
         cos, sin = rotation
         return apply_rope(x, cos.unsqueeze(1), sin.unsqueeze(1), self.config.rope_interleave)
+
+    def _attend_fused(self, queries: Tensor, latent: Tensor, k_rope: Tensor, rotation: Rotation) -> Tensor:
+        """[B, S, N, v_head_dim]: the naive form in one operator, from what is not rotated yet."""
+        config = self.config
+        expanded = self._expanded(latent)
+        interleaved, scale = config.rope_interleave, config.softmax_scale
+        return fused.causal_attention(queries, expanded, k_rope, rotation, interleaved, scale)
 
     def _attend_naive(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
         """[B, N, S, v_head_dim], from keys and values expanded per head."""
         config = self.config
-        width = config.qk_nope_head_dim + config.v_head_dim
-        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, width)).transpose(1, 2)
+        expanded = self._expanded(latent.squeeze(1)).transpose(1, 2)
         k_nope, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         queries = torch.cat((q_nope, q_rope), dim=-1)
         keys = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, k_nope.shape[1], -1, -1)), dim=-1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_ray.kernels.training import serves
+from deepseek_ray.nn import fused
+
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
@@ -17,4 +20,5 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., hidden_size]."""
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        return self.down_proj(fused.swiglu(gate, up) if serves(gate, up) else F.silu(gate) * up)

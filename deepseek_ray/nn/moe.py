@@ -43,22 +43,6 @@ class ExpertBackend(ABC):
         """Wait for the rows of a ticket: [T, K, H] in model dtype, one unweighted row per (token, slot)."""
 
 
-def combine_slots(rows: Tensor, weights: Tensor) -> Tensor:
-    """Weigh and sum the slots of each token, in slot order, in float32.
-
-    rows: [T, K, H] any float dtype; weights: [T, K] float32; returns [T, H] float32. Multiplication and addition are
-    separate, element by element, so a token's bits depend on nothing but its own rows and weights, and every backend
-    that uses this function gives the same ones.
-    """
-    slots = zip(rows.unbind(1), weights.unsqueeze(-1).unbind(1), strict=True)
-    total = None
-    for row, weight in slots:
-        weighted = row.float() * weight
-        total = weighted if total is None else total + weighted
-    assert total is not None, "a token has at least one slot"
-    return total
-
-
 class MoE(nn.Module):
     """Gate, routed experts and shared experts of one layer, all on one device."""
 
@@ -81,8 +65,7 @@ class MoE(nn.Module):
         chosen = self.gate(tokens)
         counts = chosen.expert_ids.flatten().bincount(minlength=self.gate.config.n_routed_experts)
         self._record(counts)
-        rows = self.experts(tokens, chosen.expert_ids, counts)
-        output = combine_slots(rows, chosen.weights).to(hidden.dtype).view_as(hidden)
+        output = self.experts(tokens, chosen.expert_ids, chosen.weights, counts).to(hidden.dtype).view_as(hidden)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden)
         return output, GateOutput(*(part.unflatten(0, hidden.shape[:-1]) for part in chosen))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deepseek_ray.kernels.training import serves
+from deepseek_ray.nn import fused
+
 LATENT_NORM_EPS = 1e-6
 """Of the norms on compressed queries and keys/values; DeepSeek's own code does not take it from `rms_norm_eps`."""
 
@@ -19,6 +22,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
+        if serves(x, self.weight):
+            return fused.rms_norm(x, self.weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)

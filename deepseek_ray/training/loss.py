@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from deepseek_ray.kernels.training import serves
+from deepseek_ray.nn import fused
+
 IGNORED_TARGET = -100
 """Target of a position that predicts nothing; torch's cross-entropy leaves it out."""
 
@@ -35,9 +38,10 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     A sum, not a mean: the caller divides by the number of predicted tokens of the whole optimiser step, so the gradient
     does not depend on how tokens are spread over micro-batches and ranks. logits: [B, S, V]; targets: [B, S].
     """
-    return functional.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
-    )
+    rows = logits.flatten(0, -2).float()
+    if serves(rows):
+        return fused.cross_entropy_sum(rows, targets.flatten())
+    return functional.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
 
 
 def sequence_balance_loss(scores: Tensor, expert_ids: Tensor) -> Tensor:

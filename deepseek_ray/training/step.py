@@ -16,6 +16,7 @@ from torch import Tensor
 from deepseek_ray.data.loader import Batch
 from deepseek_ray.errors import TrainingError
 from deepseek_ray.training.balance import Balancer, max_violation
+from deepseek_ray.training.memory import keep_freed_memory
 from deepseek_ray.training.objective import MicroBatch, Objective, num_depths
 from deepseek_ray.training.parallel import Parallelism
 from deepseek_ray.training.schedule import learning_rate
@@ -45,6 +46,8 @@ class TrainStep:
         self._parallelism = parallelism
         self._config = parallelism.config
         self._device = parallelism.world.device
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self._balancer = Balancer(
             parallelism.model.moe_modules, self._config.balance.bias_update_speed, parallelism.data
         )

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from deepseek_ray.kernels.native import cache_directory
+from deepseek_ray.kernels.build import cache_directory
 from deepseek_ray.llm import LLM
 from deepseek_ray.messages import SamplingParams
 from tests.ports import free_port

@@ -15,8 +15,8 @@ import torch
 from deepseek_ray.kernels.base import PackedWeight, Rotation
 from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.nn.gate import choice_of, choose_experts
-from deepseek_ray.nn.moe import combine_slots
 from deepseek_ray.nn.rope import apply_rope
+from deepseek_ray.nn.slots import combine_slots
 from tests.kernels.cases import DTYPES, GATES, gate_config, paged_case, random, rotation, tolerance
 
 ON_GPU = torch.cuda.is_available()

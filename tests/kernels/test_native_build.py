@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_ray.kernels.native import KernelBuildError, load_library
+from deepseek_ray.kernels.build import KernelBuildError
+from deepseek_ray.kernels.native import load_library
 from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.kernels.select import default_kernels
 

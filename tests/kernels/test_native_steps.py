@@ -13,9 +13,9 @@ from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore
 from deepseek_ray.nn.gate import choice_of, choose_experts
-from deepseek_ray.nn.moe import combine_slots
 from deepseek_ray.nn.norm import LATENT_NORM_EPS
 from deepseek_ray.nn.rope import apply_rope
+from deepseek_ray.nn.slots import combine_slots
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.kernels.cases import DTYPES, GATES, gate_config, random, rotation
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from deepseek_ray.kernels import native as native_module
+from deepseek_ray.kernels import build
 from deepseek_ray.kernels.base import Kernels, PackedWeight
 from deepseek_ray.kernels.native import NativeKernels, load_library
 from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize, round_inputs
@@ -189,7 +189,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
         pytest.skip("-march=x86-64 needs one")
     kernels = NativeKernels()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_module, "_FLAGS", [*native_module._FLAGS, "-march=x86-64", "-O1"])
+        patch.setattr(build, "FLAGS", [*build.FLAGS, "-march=x86-64", "-O1"])
         patch.setenv("DEEPSEEK_RAY_CACHE", str(tmp_path_factory.mktemp("plain")))
         kernels._library = load_library.__wrapped__()
     return kernels

@@ -9,8 +9,9 @@ from checkpoints import tiny_config
 from torch import Tensor
 
 from deepseek_ray.nn.experts import Experts
-from deepseek_ray.nn.moe import MoE, combine_slots
+from deepseek_ray.nn.moe import MoE
 from deepseek_ray.nn.recompute import checkpointed
+from deepseek_ray.nn.slots import combine_slots
 
 
 def random_layer(**changes: object) -> MoE:
@@ -40,8 +41,12 @@ def test_experts_equal_the_obvious_loop_with_gradients() -> None:
     experts = random_layer().experts
     ids = torch.tensor([[3, 1], [1, 0], [7, 3], [3, 7], [0, 1]])  # experts 2, 4, 5, 6 have no token
     counts = ids.flatten().bincount(minlength=8)
+    weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
     results = []
-    for run in (lambda x: experts(x, ids, counts), lambda x: obvious_experts(experts, x, ids)):
+    for run in (
+        lambda x: experts(x, ids, weights, counts),
+        lambda x: combine_slots(obvious_experts(experts, x, ids), weights),
+    ):
         hidden = random_hidden(5).requires_grad_()
         experts.zero_grad()
         rows = run(hidden)

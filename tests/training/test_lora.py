@@ -17,6 +17,7 @@ from deepseek_ray.errors import CheckpointError, ConfigError
 from deepseek_ray.models.decoder import DeepSeekForCausalLM
 from deepseek_ray.models.load import load_model, save_model, state_to_hf
 from deepseek_ray.nn.experts import Experts
+from deepseek_ray.nn.slots import combine_slots
 from deepseek_ray.training.lora import add_adapters, find_adapters, load_adapter, merge_adapters, save_adapter
 
 LINEAR = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -117,14 +118,14 @@ class SlowExperts(nn.Module):
         pair = self.pairs.get((expert, projection))
         return stack[projection] if pair is None else stack[projection] + self.scale * pair[1] @ pair[0]
 
-    def forward(self, hidden: Tensor, expert_ids: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         rows = []
         for token, chosen in zip(hidden, expert_ids.tolist(), strict=True):
             for expert in chosen:
                 inner = nn.functional.silu(self.weight(expert, "gate_proj") @ token)
                 inner = inner * (self.weight(expert, "up_proj") @ token)
                 rows.append(self.weight(expert, "down_proj") @ inner)
-        return torch.stack(rows).view(*expert_ids.shape, -1)
+        return combine_slots(torch.stack(rows).view(*expert_ids.shape, -1), weights)
 
 
 @pytest.mark.parametrize("targets", [EXPERTS, ["experts.3.up_proj", "experts.5.up_proj", "experts.5.down_proj"]])
@@ -143,11 +144,11 @@ def test_experts_equal_the_slow_reference(model: DeepSeekForCausalLM, targets: l
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(9, 32, generator=generator).requires_grad_()
     chosen = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(9)])
-    counts = chosen.flatten().bincount(minlength=8)
+    weights, counts = torch.rand(9, 2, generator=generator), chosen.flatten().bincount(minlength=8)
     outputs, grads = [], []
     for module in (layer, slow):
         hidden.grad = None
-        output = module(hidden, chosen, counts)
+        output = module(hidden, chosen, weights, counts)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         outputs.append(output.detach())
         grads.append(hidden.grad)
@@ -167,7 +168,7 @@ def test_adapters_whose_experts_have_no_tokens_have_a_gradient(model: DeepSeekFo
     get_peft_model(model, lora("experts.6.down_proj"))
     layer = model.moe_modules[0].experts
     chosen = torch.tensor([[0, 1], [2, 3]])
-    layer(torch.randn(2, 32), chosen, chosen.flatten().bincount(minlength=8)).sum().backward()
+    layer(torch.randn(2, 32), chosen, torch.ones(2, 2), chosen.flatten().bincount(minlength=8)).sum().backward()
     gradient = layer.adapters("down_proj").lora_A.grad
     assert gradient is not None
     assert not gradient.any()

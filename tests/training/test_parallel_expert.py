@@ -50,9 +50,10 @@ def tokens_of(case, of_rank):
 
 
 def compute(experts, hidden, ids):
-    rows = experts(hidden, ids, ids.flatten().bincount(minlength=4))
-    rows.square().sum().backward()
-    return rows
+    weights = torch.linspace(0.5, 1.5, ids.numel()).view(ids.shape)
+    output = experts(hidden, ids, weights, ids.flatten().bincount(minlength=4))
+    output.square().sum().backward()
+    return output
 
 
 def check(case):

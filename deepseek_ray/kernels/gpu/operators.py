@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.kernels.base import Choice, ExpertWeights, Rotation
+from deepseek_ray.kernels.build import KernelBuildError
 from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.gpu import experts, gate, latents, rows
-from deepseek_ray.kernels.native import KernelBuildError, NativeKernels
+from deepseek_ray.kernels.native import NativeKernels
 
 
 class GpuKernels(FastKernels):

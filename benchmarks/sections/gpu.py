@@ -40,16 +40,17 @@ def gpu_kernels_section(result: dict[str, Any]) -> str:
         "",
         f"At bench-mini's widths, {_measured_on(result)}, medians of {result['runs']} runs in turns. Of the limit is "
         "the larger of the bytes at the speed of copying and the products at that of torch's best matrix product, over "
-        "what it took.",
+        f"what it took. {result.get('note', '')}".rstrip(),
         "",
         "| operator | tokens | limit, us | Triton, us | of the limit | torch, us |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         limit, seconds = row["limit_seconds"], row["seconds"]
+        torch = f"{1e6 * seconds['torch']:,.0f}" if "torch" in seconds else "-"
         lines.append(
             f"| {row['operator']} | {row['tokens']:,} | {1e6 * limit:,.0f} | {1e6 * seconds['triton']:,.0f} "
-            f"| {limit / seconds['triton']:.2f} | {1e6 * seconds['torch']:,.0f} |"
+            f"| {limit / seconds['triton']:.2f} | {torch} |"
         )
     return "\n".join([*lines, ""])
 

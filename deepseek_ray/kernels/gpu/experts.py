@@ -26,7 +26,8 @@ _UNEVEN = 2
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: rows and columns of a program's tile, inputs it takes at a time, and Triton's options."""
+    """How a product is cut: rows and columns of a program's tile, bfloat16 inputs it takes at a time, and Triton's
+    options."""
 
     rows: int
     columns: int
@@ -77,7 +78,8 @@ def run_experts(
     out = torch.empty(pairs, hidden_size, dtype=dtype, device=hidden.device)
     gate_up, down = table.pointers
     row_tiles = triton.cdiv(_UNEVEN * pairs, num_experts * tiles.rows)
-    cut = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "INPUTS": tiles.inputs}
+    inputs = tiles.inputs * torch.bfloat16.itemsize // dtype.itemsize  # as many bytes, or they do not fit
+    cut = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "INPUTS": inputs}
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     _gate_up[(row_tiles, triton.cdiv(width, tiles.columns), num_experts)](
         typed, typed.stride(0), gated, gate_up, token_rows, order, starts, width, hidden_size, **cut, **options

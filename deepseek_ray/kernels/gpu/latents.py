@@ -112,6 +112,8 @@ def attend(
     tokens, heads, width = query.shape
     cache, tables, block_size = pages
     cut = cut or (DECODE if tokens <= _MAX_DECODE_TOKENS * len(tables) else PREFILL)
+    if cache.dtype == torch.float32:  # else wide latents do not fit
+        cut = cut._replace(tokens=1, positions=16, stages=1)
     if not tokens:
         return query.new_empty(0, heads, value_width)
     programs = triton.cdiv(tokens, cut.tokens) * triton.cdiv(heads, cut.heads)

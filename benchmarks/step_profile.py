@@ -28,7 +28,7 @@ from deepseek_ray.kernels.select import default_kernels
 
 SEQUENCES = (1, 8, 32)
 _OPERATORS = (
-    *("linear", "per_head_linear", "run_experts", "latent_attention", "rms_norm", "silu_mul", "scores", "sample"),
+    *("linear", "per_head_linear", "run_experts", "latent_attention", "rms_norm", "silu_mul", "scores", "draw"),
     *("write_latents", "turn_query", "choose_experts", "combine_slots"),
 )
 _PROMPT, _TOKENS = 16, 24

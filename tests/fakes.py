@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.tokenizer import Tokenizer
+from deepseek_ray.kernels.base import Place
 from deepseek_ray.messages import GenerateRequest, TokenEvent
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
 
@@ -53,7 +54,7 @@ class FakeDecoder:
         self.failures: list[Exception] = []
         """Raised by the next calls of `forward`, one each."""
 
-    def sample(self, logits: np.ndarray, temperature: float, number: float) -> int | None:
+    def draw(self, logits: np.ndarray, rows: Sequence[int], places: Sequence[Place]) -> list[int] | None:
         return None
 
     def new_cache(self, num_blocks: int, block_size: int) -> LatentCache:

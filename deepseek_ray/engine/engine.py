@@ -76,7 +76,7 @@ class Engine:
             config.max_num_batched_tokens,
             config.prefix_caching,
         )
-        self._sample = decoder.sample
+        self._draw_rows = decoder.draw
         self._runner, self._speculator = _make_runner(decoder, config, plan)
         self._undrafted: ScheduledStep | None = None  # computed, and nothing was drafted after it yet
         self.copies = BlockCopies(self._scheduler.blocks, self._runner.cache, self._scheduler.full_blocks)
@@ -159,18 +159,19 @@ class Engine:
             return []
         started = self._clock()
         for item in step.items:
-            self._generations[item.sequence.request.request_id].timeline.schedule(started)
+            self._generation(item).timeline.schedule(started)
         try:
             logits = self._runner.run(step)
         except ExpertsCrashedError as error:
             return self._end_crashed(step, error)
         self.copies.new_blocks = self._scheduler.advance(step)
         self._undrafted = step
+        drawn = self._draw(step, logits)
         events = []
         row = 0
         for item in step.items:
-            end = row + len(item.scored) + (1 + len(item.draft_token_ids) if item.samples else 0)
-            events += self._take(self._generations[item.sequence.request.request_id], item, logits[row:end])
+            end = row + item.num_logits
+            events += self._take(self._generation(item), item, logits[row:end], drawn[row:end])
             row = end
         return events
 
@@ -204,7 +205,7 @@ class Engine:
         structure = request.params.structured_outputs
         grammar = self.grammars.start(structure) if self.grammars and structure else None
         seed = sampling_seed(request, self.config.seed)
-        generation = Generation(request, seed, output, deadline, grammar, now, self._sample)
+        generation = Generation(request, seed, output, deadline, grammar, now)
         finish = generation.replay()
         if finish:
             self._ended.append(generation.end(finish))
@@ -238,7 +239,7 @@ class Engine:
             if row < item.num_rows:
                 break
             row -= item.num_rows
-        generation = self._generations[item.sequence.request.request_id]
+        generation = self._generation(item)
         if row >= item.num_tokens:
             logger.error("no drafts for request %s any more: %s", generation.request.request_id, error)
             item.sequence.may_draft, item.sequence.draft_token_ids = False, []
@@ -248,8 +249,28 @@ class Engine:
         sentence = f"the request was stopped: {error.message}; do not send it again as it is"
         return [generation.end(Finish("error"), GenerationError(sentence))]
 
-    def _take(self, generation: Generation, item: ScheduledSequence, logits: NDArray[np.float32]) -> list[TokenEvent]:
-        """Hand a generation its rows of logits; its events, none while its prompt is not computed.
+    def _generation(self, item: ScheduledSequence) -> Generation:
+        return self._generations[item.sequence.request.request_id]
+
+    def _draw(self, step: ScheduledStep, logits: NDArray[np.float32]) -> list[int]:
+        """Of each row of logits the next token, if the temperature alone decides it; else -1, as where it cannot."""
+        rows, places, row = [], [], 0
+        for item in step.items:
+            for ahead in range(item.num_logits - len(item.scored)):
+                if (place := self._generation(item).place(ahead)) is not None:
+                    rows.append(row + len(item.scored) + ahead)
+                    places.append(place)
+            row += item.num_logits
+        drawn = [-1] * len(logits)
+        for row, token in zip(rows, self._draw_rows(logits, rows, places) or (), strict=False):
+            drawn[row] = token
+        return drawn
+
+    def _take(
+        self, generation: Generation, item: ScheduledSequence, logits: NDArray[np.float32], drawn: list[int]
+    ) -> list[TokenEvent]:
+        """Hand a generation its rows of logits, and what was drawn from them; its events, none while its prompt is not
+        computed.
 
         A draft's row counts while every draft before it was the token that was chosen.
         """
@@ -261,12 +282,13 @@ class Engine:
             return []
         events: list[TokenEvent] = []
         self._num_draft_tokens += len(item.draft_token_ids)
-        for place, row in enumerate(logits[len(item.scored) :]):
+        first = len(item.scored)
+        for place, (row, token) in enumerate(zip(logits[first:], drawn[first:], strict=True)):
             if place:
                 self.copies.new_blocks += self._scheduler.accept(generation.sequence)
                 self._num_accepted_tokens += 1
             try:
-                events.append(generation.take(row, self._clock()))
+                events.append(generation.take(row, self._clock(), token))
             except Exception as error:
                 events.append(self._end_failed(generation, error))
                 break

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_ray.engine.grammar import GrammarState
-from deepseek_ray.engine.sampler import Sample, check_finite, choose_token, describe_choice
+from deepseek_ray.engine.sampler import check_finite, choose_token, describe_choice, is_plain
 from deepseek_ray.engine.sequence import Sequence
 from deepseek_ray.engine.stop import Finish, OutputState
+from deepseek_ray.kernels.base import Place
 from deepseek_ray.messages import GenerateRequest, RequestTiming, TokenEvent, TokenLogprob
 
 
@@ -45,8 +46,8 @@ class Generation:
     """Turns rows of logits into token events.
 
     `arrived` and `deadline` are times of the engine's clock, the latter None for no deadline; `grammar` is None for an
-    output of any shape; `sample` draws a token faster than numpy, see `choose_token`. After `replay` a resumed request
-    stands where the interrupted one stood: text, stop strings, grammar and sampling position included.
+    output of any shape. After `replay` a resumed request stands where the interrupted one stood: text, stop strings,
+    grammar and sampling position included.
     """
 
     def __init__(
@@ -57,9 +58,7 @@ class Generation:
         deadline: float | None,
         grammar: GrammarState | None = None,
         arrived: float = 0.0,
-        sample: Sample | None = None,
     ) -> None:
-        self._sample = sample
         self.request = request
         self.deadline = deadline
         self.sequence = Sequence(request)
@@ -90,27 +89,21 @@ class Generation:
             check_finite(row, place)
             self._prompt_logprobs.append(describe_choice(row, prompt[place], self.request.prompt_logprobs or 0))
 
-    def take(self, logits: NDArray[np.float32], now: float = 0.0) -> TokenEvent:
-        """Choose the next token from `logits` [vocab_size]; `now` is a time of the engine's clock.
+    def place(self, ahead: int) -> Place | None:
+        """What decides the token `ahead` places after the next one; None if more than the temperature does."""
+        params = self.request.params
+        if self._grammar is not None or self._output.forbidden_token_ids or not is_plain(params):
+            return None
+        return Place(params.temperature, self._seed, self.sequence.num_output_tokens + ahead)
+
+    def take(self, logits: NDArray[np.float32], now: float = 0.0, drawn: int = -1) -> TokenEvent:
+        """Choose the next token from `logits` [vocab_size], unless it was `drawn`; `now` is a time of the engine's
+        clock.
 
         GenerationError when there is none to choose.
         """
-        params, sequence, output = self.request.params, self.sequence, self._output
-        forbidden = output.forbidden_token_ids
-        allowed = None
-        if self._grammar is not None:
-            allowed = self._grammar.allowed(output.ending_token_ids, forbidden)
-            forbidden = frozenset()  # the mask has left them out, where anything else remained
-        token_id = choose_token(
-            logits,
-            params,
-            self._seed,
-            sequence.token_ids,
-            sequence.num_prompt_tokens,
-            forbidden,
-            allowed,
-            self._sample,
-        )
+        token_id = drawn if drawn >= 0 else self._choose(logits)
+        params, sequence = self.request.params, self.sequence
         logprobs = None if params.logprobs is None else [describe_choice(logits, token_id, params.logprobs)]
         index = sequence.num_output_tokens
         text, finish = self._push(token_id)
@@ -129,6 +122,16 @@ class Generation:
             stop_reason=finish.stop_reason if finish else None,
             timing=self.timeline.finished(now) if finish else None,
         )
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        sequence, output = self.sequence, self._output
+        forbidden = output.forbidden_token_ids
+        allowed = None
+        if self._grammar is not None:
+            allowed = self._grammar.allowed(output.ending_token_ids, forbidden)
+            forbidden = frozenset()  # the mask has left them out, where anything else remained
+        tokens, num_prompt_tokens = sequence.token_ids, sequence.num_prompt_tokens
+        return choose_token(logits, self.request.params, self._seed, tokens, num_prompt_tokens, forbidden, allowed)
 
     def end(self, finish: Finish, error: Exception | None = None) -> TokenEvent:
         """The last event of an output that ends without a new token."""

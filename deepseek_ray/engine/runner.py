@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.engine.scheduler import ScheduledStep
+from deepseek_ray.kernels.base import Place
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
 from deepseek_ray.nn.transfer import moved
 
@@ -41,8 +43,8 @@ class Decoder(Protocol):
         """Store the batch's latents in `cache` and return logits [n, vocab_size] float32 of `batch.logit_rows`."""
         ...
 
-    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
-        """See `Kernels.sample`."""
+    def draw(self, logits: NDArray[np.float32], rows: Sequence[int], places: Sequence[Place]) -> list[int] | None:
+        """See `Kernels.draw`."""
         ...
 
 

@@ -6,7 +6,7 @@ output. The steps and their order are those of vLLM's V1 sampler (vllm/v1/sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,6 @@ from deepseek_ray.errors import GenerationError
 from deepseek_ray.messages import SamplingParams, TokenLogprob
 
 Floats = NDArray[np.float64]
-Sample = Callable[[NDArray[np.float32], float, float], "int | None"]
-"""Logits [vocab_size], temperature, number in [0, 1) -> token, None when it has none: `Kernels.sample`."""
 _FIRST_NUCLEUS = 256
 """Most likely tokens that top-p sorts at first; mostly enough, and sorting a whole vocabulary takes 10 ms."""
 
@@ -30,18 +28,12 @@ def choose_token(
     num_prompt_tokens: int,
     forbidden_token_ids: Collection[int] = (),
     allowed: NDArray[np.bool_] | None = None,
-    sample: Sample | None = None,
 ) -> int:
     """Choose what follows `token_ids` (prompt, then output). `logits` [vocab_size] float32.
 
-    `allowed` [vocab_size] is the token mask of a structured output, None for a free one. `sample` is asked where the
-    temperature alone decides. GenerationError when a logit is not finite or every token is forbidden.
+    `allowed` [vocab_size] is the token mask of a structured output, None for a free one. GenerationError when a logit
+    is not finite or every token is forbidden. Where the temperature alone decides, `Kernels.draw` is the faster way.
     """
-    number = uniform(seed, len(token_ids) - num_prompt_tokens) if params.temperature else 0.0
-    if sample is not None and allowed is None and not forbidden_token_ids and is_plain(params):
-        token_id = sample(logits, params.temperature, number)
-        if token_id is not None:
-            return token_id
     check_finite(logits, len(token_ids))
     scores = adjust_logits(logits, params, token_ids, num_prompt_tokens, forbidden_token_ids, allowed)
     best = int(scores.argmax())  # the lowest id among equals
@@ -52,7 +44,7 @@ def choose_token(
         )
     if params.temperature == 0:
         return best
-    return draw(token_weights(scores, params), number)
+    return draw(token_weights(scores, params), uniform(seed, len(token_ids) - num_prompt_tokens))
 
 
 def is_plain(params: SamplingParams) -> bool:

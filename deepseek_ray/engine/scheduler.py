@@ -41,6 +41,11 @@ class ScheduledSequence:
         """True when the step computes the last token, so that the next one can be chosen."""
         return self.start + self.num_tokens == self.sequence.num_tokens
 
+    @property
+    def num_logits(self) -> int:
+        """Rows of the step's logits: of `scored`, then, if it samples, of its last token and its drafts."""
+        return len(self.scored) + (1 + len(self.draft_token_ids) if self.samples else 0)
+
 
 @dataclass
 class ScheduledStep:

@@ -61,6 +61,14 @@ class Rotation(NamedTuple):
     """Pairs are neighbours, not halves."""
 
 
+class Place(NamedTuple):
+    """Of an output: what decides its next token, beside the logits."""
+
+    temperature: float
+    seed: int
+    position: int
+
+
 class Choice(NamedTuple):
     """How a gate chooses; see `nn/gate.py`."""
 
@@ -139,10 +147,10 @@ class Kernels(ABC):
     def scores(self, logits: Tensor, kind: ScoreKind) -> Tensor:
         """Gate scores of float32 `logits [T, E] -> [T, E]`."""
 
-    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
-        """The token at `number` in [0, 1) of softmax(`logits [V]` / temperature), in id order; the most likely one, the
-        lowest id among equals, at temperature 0. None: choose it otherwise (a logit is not finite, or these kernels
-        have no faster way than numpy's)."""
+    def draw(self, logits: NDArray[np.float32], rows: Sequence[int], places: Sequence[Place]) -> list[int] | None:
+        """For each of `rows` of logits [n, V] the token that its place draws from softmax(row / temperature): the one
+        at `engine/philox.uniform(seed, position)` in id order; at temperature 0 the most likely one, the lowest id
+        among equals. -1 where a logit is not finite. None: these kernels have no faster way than numpy's."""
         return None
 
     def write_latents(

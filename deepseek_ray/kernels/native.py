@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepseek_ray.kernels import build
 from deepseek_ray.kernels.aside import Aside
-from deepseek_ray.kernels.base import PackedWeight, ScoreKind
+from deepseek_ray.kernels.base import PackedWeight, Place, ScoreKind
 from deepseek_ray.kernels.native_steps import DTYPES, NativeSteps, declare
 from deepseek_ray.kernels.quantize import INT4_GROUP, Quantization
 
@@ -28,7 +28,6 @@ def load_library() -> ctypes.CDLL:
     library = build.library("rows", build.SOURCES, build.FLAGS)
     library.dr_check()
     declare(library)
-    library.dr_sample.restype = ctypes.c_int64
     return library
 
 
@@ -220,15 +219,23 @@ class NativeKernels(NativeSteps):
         )
         return out
 
-    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
+    def draw(self, logits: NDArray[np.float32], rows: Sequence[int], places: Sequence[Place]) -> list[int]:
         assert logits.dtype == np.float32 and logits.flags.c_contiguous
-        token_id = self._library.dr_sample(
+        count = len(places)
+        temperatures, seeds, positions = zip(*places, strict=True) if places else ((), (), ())
+        tokens = (ctypes.c_int64 * count)()
+        self._library.dr_draw(
             ctypes.c_void_p(logits.ctypes.data),
-            ctypes.c_int64(logits.size),
-            ctypes.c_float(temperature),
-            ctypes.c_double(number),
+            ctypes.c_int64(logits.shape[1]),
+            (ctypes.c_int64 * count)(*rows),
+            (ctypes.c_float * count)(*temperatures),
+            (ctypes.c_uint64 * count)(*seeds),
+            (ctypes.c_int64 * count)(*positions),
+            ctypes.c_int64(count),
+            tokens,
+            self._threads,
         )
-        return token_id if token_id >= 0 else None
+        return list(tokens)
 
     def latent_attention(
         self,

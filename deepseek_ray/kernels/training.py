@@ -29,8 +29,8 @@ _SIGNATURES = {
     "dt_rms_norm_backward": (_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 2, *[_POINTER] * 2, _INT),
     "dt_swiglu": (*[_POINTER] * 2, _LONG, _POINTER, _INT),
     "dt_swiglu_backward": (*[_POINTER] * 3, _LONG, *[_POINTER] * 2, _INT),
-    "dt_attention": (*[_POINTER] * 6, _FLOAT, *[_POINTER] * 2, _INT),
-    "dt_attention_backward": (*[_POINTER] * 6, _FLOAT, *[_POINTER] * 6, _INT),
+    "dt_attention": (*[_POINTER] * 7, _FLOAT, *[_POINTER] * 2, _INT),
+    "dt_attention_backward": (*[_POINTER] * 7, _FLOAT, *[_POINTER] * 6, _INT),
     "dt_cross_entropy": (*[_POINTER] * 2, *[_LONG] * 2, *[_POINTER] * 2, _INT),
     "dt_cross_entropy_backward": (*[_POINTER] * 3, _FLOAT, *[_LONG] * 2, _POINTER, _INT),
 }
@@ -174,20 +174,22 @@ class AttentionShape:
         self.sizes = torch.tensor(given, dtype=torch.int64)
 
 
-def attention(inputs: Sequence[Tensor], shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    """Causal attention of (queries, expanded, k_rope, cos, sin) -> [B, S, N, V], and ln sum exp(scores) [B, N, S]."""
-    out, logs = inputs[0].new_empty(shape.out), inputs[0].new_empty(shape.logs)
+def attention(inputs: Sequence[Tensor | None], shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    """Causal attention of (queries, expanded, k_rope, cos, sin, documents) -> [B, S, N, V], and ln sum exp(scores)
+    [B, N, S]. documents: [B, S] int64, or None where each sequence is one."""
+    out, logs = torch.empty(shape.out, dtype=torch.float32), torch.empty(shape.logs, dtype=torch.float32)
     call("dt_attention", *inputs, shape.sizes, shape.scale, out, logs)
     return out, logs
 
 
 def attention_backward(
-    inputs: Sequence[Tensor], shape: AttentionShape, out: Tensor, logs: Tensor, grad: Tensor
+    inputs: Sequence[Tensor | None], shape: AttentionShape, out: Tensor, logs: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, expanded and k_rope."""
     queries, expanded, *_ = inputs
+    assert queries is not None and expanded is not None
     of_queries, of_expanded = torch.empty_like(queries), torch.empty_like(expanded)
     of_k_rope = queries.new_empty(shape.k_rope)
-    given: tuple[Tensor | float, ...] = (*inputs, shape.sizes, shape.scale, out, logs, grad)
+    given: tuple[Tensor | float | None, ...] = (*inputs, shape.sizes, shape.scale, out, logs, grad)
     call("dt_attention_backward", *given, of_queries, of_expanded, of_k_rope)
     return of_queries, of_expanded, of_k_rope.sum(1)

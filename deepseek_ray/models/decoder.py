@@ -49,9 +49,9 @@ class DecoderLayer(nn.Module):
         moe = config.is_moe_layer(layer)
         self.mlp = MoE(config) if moe else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, mask: Tensor | None) -> tuple[Tensor, GateOutput | None]:
+    def forward(self, hidden: Tensor, rotation: Rotation, documents: Tensor | None) -> tuple[Tensor, GateOutput | None]:
         """hidden: [B, S, H] -> the same shape, and what the gate decided (None in a dense layer)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, mask)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, documents)
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, MoE):
             output, gate = self.mlp(normed)
@@ -147,7 +147,7 @@ class DeepSeekForCausalLM(nn.Module):
     ) -> ModelOutput:
         """Logits of every position.
 
-        input_ids: [B, S] int64. document_ids: [B, S] int64; a token sees earlier tokens of its own document only, all
+        input_ids: [B, S] int64. document_ids: [B, S] integers; a token sees earlier tokens of its own document only, all
         earlier ones when None. positions: [B or 1, S] int64, 0 to S - 1 when None. with_mtp: also run the
         multi-token-prediction layers.
         """
@@ -164,10 +164,9 @@ class DeepSeekForCausalLM(nn.Module):
     ) -> tuple[Tensor, tuple[GateOutput, ...]]:
         """Run decoder layers, all or consecutive ones, on [B, S, H]: the same shape, and what their gates decided."""
         rotation = self._rotation(hidden, positions)
-        mask = None if document_ids is None else document_mask(document_ids)
         gates = []
         for layer in layers:
-            hidden, gate = self._run(layer, hidden, rotation, mask)
+            hidden, gate = self._run(layer, hidden, rotation, document_ids)
             gates += [gate] if gate is not None else []
         return hidden, tuple(gates)
 
@@ -208,8 +207,8 @@ class DeepSeekForCausalLM(nn.Module):
         assert isinstance(layer, MTPLayer)
         next_ids = input_ids[:, 1:]
         rotation = self._rotation(next_ids, None if positions is None else positions[:, 1:])
-        mask = None if document_ids is None else document_mask(document_ids[:, :-1])
-        hidden, gate = self._run(layer, layer.combine(next_ids, hidden[:, :-1]), rotation, mask)
+        documents = None if document_ids is None else document_ids[:, :-1]
+        hidden, gate = self._run(layer, layer.combine(next_ids, hidden[:, :-1]), rotation, documents)
         hidden = layer.shared_head.norm(hidden)
         return ModelOutput(layer.shared_head.head(hidden), hidden, () if gate is None else (gate,))
 
@@ -231,14 +230,8 @@ class DeepSeekForCausalLM(nn.Module):
         return rope_tables(self.config, positions)
 
     def _run(
-        self, layer: nn.Module, hidden: Tensor, rotation: Rotation, mask: Tensor | None
+        self, layer: nn.Module, hidden: Tensor, rotation: Rotation, documents: Tensor | None
     ) -> tuple[Tensor, GateOutput | None]:
         if self.recompute_activations and torch.is_grad_enabled():
-            return checkpointed(layer, hidden, rotation, mask)
-        return layer(hidden, rotation, mask)
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """[B, S] int64 -> [B, 1, S, S] bool: a query (row) sees keys at or before it in its own document."""
-    same = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
-    return same.tril().unsqueeze(1)
+            return checkpointed(layer, hidden, rotation, documents)
+        return layer(hidden, rotation, documents)

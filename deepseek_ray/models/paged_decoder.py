@@ -10,7 +10,7 @@ Letters: T tokens of the step, H heads, R kv_lora_rank, P qk_rope_head_dim.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.config.model import ModelConfig
-from deepseek_ray.kernels.base import Kernels, PackedWeight, Rotation
+from deepseek_ray.kernels.base import Kernels, PackedWeight, Place, Rotation
 from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
@@ -81,10 +81,9 @@ class PagedDecoder:
         num_layers = config.num_hidden_layers + (self._mtp is not None)
         return LatentCache(num_layers, num_blocks, block_size, config.latent_width, self.dtype, self.device)
 
-    @torch.inference_mode()
-    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
-        """See `Kernels.sample`."""
-        return self._kernels.sample(logits, temperature, number)
+    def draw(self, logits: NDArray[np.float32], rows: Sequence[int], places: Sequence[Place]) -> list[int] | None:
+        """See `Kernels.draw`."""
+        return self._kernels.draw(logits, rows, places)
 
     def forward(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
         """Logits of the tokens `batch.logit_rows`, `[n, vocab_size]` float32. Writes the step's latents to `cache`."""

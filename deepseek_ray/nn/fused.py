@@ -43,14 +43,21 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def causal_attention(
-    queries: Tensor, expanded: Tensor, k_rope: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool, scale: float
+    queries: Tensor,
+    expanded: Tensor,
+    k_rope: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    interleaved: bool,
+    scale: float,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Multi-head latent attention of each sequence, over keys and values expanded per head, which are rotated here.
 
     queries: [B, S, heads, nope + rope]; expanded: [B, S, heads, nope + value], keys before values; k_rope:
-    [B, S, rope], of all heads; rotation: cos and sin, [B or 1, S, rope / 2]. Returns [B, S, heads, value].
+    [B, S, rope], of all heads; rotation: cos and sin, [B or 1, S, rope / 2]; documents: [B, S] integers, a token sees
+    those before it in its own, or None. Returns [B, S, heads, value].
     """
-    return _CausalAttention.apply(queries, expanded, k_rope, *rotation, interleaved, scale)
+    return _CausalAttention.apply(queries, expanded, k_rope, *rotation, interleaved, scale, documents)
 
 
 class _RunExperts(torch.autograd.Function):
@@ -142,8 +149,10 @@ class _CausalAttention(torch.autograd.Function):
         sin: Tensor,
         interleaved: bool,
         scale: float,
+        documents: Tensor | None,
     ) -> Tensor:
-        inputs = tuple(own.contiguous() for own in (queries, expanded, k_rope, cos, sin))
+        given = (queries, expanded, k_rope, cos, sin, None if documents is None else documents.long())
+        inputs = tuple(None if own is None else own.contiguous() for own in given)
         nope = queries.shape[-1] - k_rope.shape[-1]
         ctx.shape = kernels.AttentionShape(queries, cos, expanded.shape[-1] - nope, interleaved, scale)
         out, logs = kernels.attention(inputs, ctx.shape)
@@ -155,7 +164,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, out, logs = ctx.saved_tensors
         grads = kernels.attention_backward(inputs, ctx.shape, out, logs, grad.contiguous())
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _rows_of(x: Tensor) -> Tensor:

@@ -41,15 +41,16 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded, bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation, documents: Tensor | None = None) -> Tensor:
         """hidden: [B, S, hidden_size] -> the same shape.
 
-        mask: [B, 1, S, S] bool, True where a query (row) may see a key; None is plainly causal.
+        documents: [B, S] integers, see `document_mask`; None is plainly causal.
         """
         queries = self._queries(hidden)
         latent, k_rope = self._latents(hidden)
-        if mask is None and not self.absorbed and serves(queries, latent, k_rope):
-            return self.o_proj(self._attend_fused(queries, latent, k_rope, rotation).flatten(2))
+        if not self.absorbed and serves(queries, latent, k_rope):
+            return self.o_proj(self._attend_fused(queries, latent, k_rope, rotation, documents).flatten(2))
+        mask = None if documents is None else document_mask(documents)
         nope, rope = queries.transpose(1, 2).split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
         attend = self._attend_absorbed if self.absorbed else self._attend_naive
         q_rope, k_rope = self._rotated(rope, rotation), self._rotated(k_rope.unsqueeze(1), rotation)
@@ -78,12 +79,14 @@ class MLA(nn.Module):
         cos, sin = rotation
         return apply_rope(x, cos.unsqueeze(1), sin.unsqueeze(1), self.config.rope_interleave)
 
-    def _attend_fused(self, queries: Tensor, latent: Tensor, k_rope: Tensor, rotation: Rotation) -> Tensor:
+    def _attend_fused(
+        self, queries: Tensor, latent: Tensor, k_rope: Tensor, rotation: Rotation, documents: Tensor | None
+    ) -> Tensor:
         """[B, S, N, v_head_dim]: the naive form in one operator, from what is not rotated yet."""
         config = self.config
         expanded = self._expanded(latent)
         interleaved, scale = config.rope_interleave, config.softmax_scale
-        return fused.causal_attention(queries, expanded, k_rope, rotation, interleaved, scale)
+        return fused.causal_attention(queries, expanded, k_rope, rotation, interleaved, scale, documents)
 
     def _attend_naive(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
@@ -114,3 +117,9 @@ class MLA(nn.Module):
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = (scores.float() * config.softmax_scale).masked_fill(~mask, float("-inf"))
         return (scores.softmax(dim=-1).to(latent.dtype) @ latent) @ expand_values.mT
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """[B, S] integers -> [B, 1, S, S] bool: a query (row) sees keys at or before it in its own document."""
+    same = document_ids.unsqueeze(-1) == document_ids.unsqueeze(-2)
+    return same.tril().unsqueeze(1)

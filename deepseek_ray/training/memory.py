@@ -13,6 +13,9 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Of `malloc.h`."""
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""Environment of a process whose steps do not run in its main thread, as under Ray Train: other threads have arenas of
+their own, which hold no block above 64 MB."""
 
 
 @functools.cache

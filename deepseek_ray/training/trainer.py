@@ -34,6 +34,7 @@ from deepseek_ray.training.finetune import (
     with_base_model,
 )
 from deepseek_ray.training.loop import train
+from deepseek_ray.training.memory import ONE_ARENA
 from deepseek_ray.training.progress import LOG_FILE, ProgressLine, RunFollower
 from deepseek_ray.training.ranks import Ranks, is_users_error
 from deepseek_ray.training.resources import NodeResources, WorkerResources, plan_workers
@@ -120,7 +121,7 @@ def _fit(
             failure_config=ray.train.FailureConfig(max_failures=config.training.max_failures),
             # Ray would give every worker one OpenMP thread. A worker owns its cores, so its threads may spin while they
             # wait: asleep between the many small operations of a step they lose a third of the speed.
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads)}},
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads), **ONE_ARENA}},
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from deepseek_ray.engine.philox import uniform
 from deepseek_ray.engine.sampler import adjust_logits, choose_token, describe_choice, draw, token_weights
 from deepseek_ray.errors import GenerationError
-from deepseek_ray.kernels.base import Kernels
+from deepseek_ray.kernels.base import Kernels, Place
 from deepseek_ray.kernels.native import NativeKernels
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.messages import SamplingParams
@@ -224,51 +223,38 @@ def test_logprobs_of_equals_and_of_zero_and_of_too_many() -> None:
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0])
 def test_the_fast_way_draws_from_the_same_distribution(size: int, temperature: float) -> None:
     """The place of the chosen token in the exact cumulative distribution holds the number, up to rounding."""
-    sample = native().sample
-    logits = random_row(size, seed=size, scale=4.0)
-    weights = token_weights(logits.astype(np.float64), SamplingParams(temperature=temperature))
-    ends = np.cumsum(weights) / weights.sum()
-    for number in [0.0, 1 - 2**-53, *np.random.default_rng(1).random(300)]:
-        token = sample(logits, temperature, number)
-        assert token is not None
+    logits = np.stack([random_row(size, seed=size + row, scale=4.0) for row in range(2)])
+    seeds = (0, 7, 2**63 + 5, 2**64 - 1)
+    places = [Place(temperature, seed, position) for seed in seeds for position in (*range(40), 2**33)]
+    rows = [index % 2 for index in range(len(places))]
+    tokens = native().draw(logits, rows, places)
+    assert tokens is not None
+    for row, place, token in zip(rows, places, tokens, strict=True):
+        weights = token_weights(logits[row].astype(np.float64), SamplingParams(temperature=temperature))
+        ends, number = np.cumsum(weights) / weights.sum(), uniform(place.seed, place.position)
         before = ends[token - 1] if token else 0.0
         assert before - 1e-5 <= number <= ends[token] + 1e-5
         assert weights[token] > 0
 
 
-def test_the_fast_way_is_taken_where_the_temperature_alone_decides() -> None:
-    logits, asked = random_row(100), []
-
-    def sample(row: np.ndarray, temperature: float, number: float) -> int | None:
-        asked.append((temperature, number))
-        return native().sample(row, temperature, number)
-
-    def choose(forbidden: set[int] = frozenset(), allowed: np.ndarray | None = None, **params: Any) -> int:  # type: ignore[assignment]
-        return choose_token(logits, SamplingParams(**params), 7, [1, 2, 3], 2, forbidden, allowed, sample)
-
-    assert choose(temperature=0) == logits.argmax()
-    assert choose(temperature=0.8) == choose_token(logits, SamplingParams(temperature=0.8), 7, [1, 2, 3], 2)
-    assert asked == [(0.0, 0.0), (0.8, uniform(7, 1))]
-    for params in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}):
-        choose(**params)  # type: ignore[arg-type]
-    choose(repetition_penalty=1.1)
-    choose(logit_bias={3: 2.0})
-    choose(forbidden={5})
-    choose(allowed=np.ones(100, dtype=bool))
-    assert len(asked) == 2
+def test_the_fast_way_never_takes_a_token_of_no_weight() -> None:
+    logits = np.full((1, 1000), -1e4, dtype=np.float32)
+    logits[0, 300:400] = 0
+    tokens = native().draw(logits, [0] * 3000, [Place(1.0, 1, position) for position in range(3000)])
+    assert tokens is not None and set(tokens) == set(range(300, 400))
 
 
 def test_the_fast_way_takes_the_lowest_of_equals_and_leaves_bad_rows_alone() -> None:
-    sample = native().sample
     equal = row([1.0] * 3 + [5.0] + [2.0] * 40 + [5.0] * 9)
-    assert sample(equal, 0.0, 0.0) == 3
+    assert native().draw(equal[None], [0], [Place(0.0, 3, 4)]) == [3]
+    assert native().draw(equal[None], [], []) == []
     for bad in (np.nan, np.inf, -np.inf):
         for place in (0, 16, 52):
             spoiled = equal.copy()
             spoiled[place] = bad
-            assert sample(spoiled, 1.0, 0.5) is None
+            assert native().draw(np.stack([spoiled, equal]), [1, 0], [Place(0.0, 1, 2)] * 2) == [3, -1]
             with pytest.raises(GenerationError, match="1 of 53 logits are NaN or infinite"):
-                choose_token(spoiled, SamplingParams(), 0, [0], 1, sample=sample)
+                choose_token(spoiled, SamplingParams(), 0, [0], 1)
 
 
 def native() -> Kernels:

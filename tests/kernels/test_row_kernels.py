@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepseek_ray.kernels import build
-from deepseek_ray.kernels.base import Kernels, PackedWeight
+from deepseek_ray.kernels.base import Kernels, PackedWeight, Place
 from deepseek_ray.kernels.native import NativeKernels, load_library
 from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize, round_inputs
 from deepseek_ray.kernels.reference import ReferenceKernels
@@ -213,9 +213,8 @@ def test_another_cpu_gives_the_same_bits(native: NativeKernels, plain: NativeKer
         ),
     ):
         assert torch.equal(operator(plain), operator(native))
-    logits = random(1, 5003, seed=3)[0].numpy() * 4
-    for number in torch.rand(200, generator=torch.Generator().manual_seed(4)).tolist():
-        assert plain.sample(logits, 0.7, number) == native.sample(logits, 0.7, number)
+    logits, places = random(1, 5003, seed=3).numpy() * 4, [Place(0.7, 4, position) for position in range(200)]
+    assert plain.draw(logits, [0] * 200, places) == native.draw(logits, [0] * 200, places)
 
 
 def test_threads_that_compute_at_once_do_not_mix(native: NativeKernels) -> None:

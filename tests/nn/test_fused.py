@@ -13,6 +13,7 @@ from deepseek_ray.kernels import training
 from deepseek_ray.kernels.training import load_training_library, serves
 from deepseek_ray.nn import fused
 from deepseek_ray.nn.experts import grouped_linear
+from deepseek_ray.nn.mla import document_mask
 from deepseek_ray.nn.rope import apply_rope
 from deepseek_ray.nn.slots import SlotOrder, combine_slots
 
@@ -151,11 +152,24 @@ ATTENTION = {
 }
 
 
+def documents_of(sequences: int, length: int, joined: bool) -> Tensor | None:
+    """Each sequence is some documents one after the other, and the last one goes on with the first."""
+    if not joined:
+        return None
+    edges = torch.arange(1, 4)[:, None] * length // 4 + torch.arange(sequences)
+    documents = (torch.arange(length) >= edges.T[:, :, None]).sum(1)
+    documents[-1, -1] = documents[-1, 0]
+    return documents.int()
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["one document", "several"])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_causal_attention(name: str, threads: int) -> None:
+def test_causal_attention(name: str, joined: bool, threads: int) -> None:
     sequences, length, heads, nope, rope, value, interleaved, rotations = ATTENTION[name]
     angles = random(rotations, length, rope // 2, seed=7, scale=3.0)
     rotation = (angles.cos() * 1.1, angles.sin() * 1.1)
+    documents = documents_of(sequences, length, joined)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if documents is None else document_mask(documents)
     inputs = (
         random(sequences, length, heads, nope + rope),
         random(sequences, length, heads, nope + value, seed=1),
@@ -168,9 +182,9 @@ def test_causal_attention(name: str, threads: int) -> None:
         turned = apply_rope(k_rope.unsqueeze(2), cos, sin, interleaved).expand(-1, -1, heads, -1)
         queries = torch.cat((queries[..., :nope], apply_rope(queries[..., nope:], cos, sin, interleaved)), dim=-1)
         by_head = (part.transpose(1, 2) for part in (queries, torch.cat((keys, turned), dim=-1), values))
-        return F.scaled_dot_product_attention(*by_head, is_causal=True, scale=0.3).transpose(1, 2)
+        return F.scaled_dot_product_attention(*by_head, attn_mask=mask, scale=0.3).transpose(1, 2)
 
-    fast = with_gradients(lambda *given: fused.causal_attention(*given, rotation, interleaved, 0.3), *inputs)
+    fast = with_gradients(lambda *given: fused.causal_attention(*given, rotation, interleaved, 0.3, documents), *inputs)
     assert_equal(fast, with_gradients(slow, *inputs))
 
 

@@ -9,8 +9,7 @@ import torch
 from checkpoints import tiny_config
 from torch import Tensor
 
-from deepseek_ray.models.decoder import document_mask
-from deepseek_ray.nn.mla import MLA
+from deepseek_ray.nn.mla import MLA, document_mask
 from deepseek_ray.nn.norm import RMSNorm
 from deepseek_ray.nn.rope import rope_tables
 
@@ -33,8 +32,8 @@ def random_attention(**changes: Any) -> MLA:
     return attention
 
 
-def run(attention: MLA, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    return attention(hidden, rope_tables(attention.config, torch.arange(hidden.shape[1]).unsqueeze(0)), mask)
+def run(attention: MLA, hidden: Tensor, documents: Tensor | None = None) -> Tensor:
+    return attention(hidden, rope_tables(attention.config, torch.arange(hidden.shape[1]).unsqueeze(0)), documents)
 
 
 def random_hidden(batch: int = 2, length: int = 11) -> Tensor:
@@ -45,13 +44,13 @@ def random_hidden(batch: int = 2, length: int = 11) -> Tensor:
 @pytest.mark.parametrize("name", SHAPES)
 def test_naive_equals_absorbed_with_gradients(name: str, masked: bool) -> None:
     attention = random_attention(**SHAPES[name])
-    mask = document_mask(torch.tensor([[0] * 4 + [1] * 7, [2] * 11])) if masked else None
+    documents = torch.tensor([[0] * 4 + [1] * 7, [2] * 11]) if masked else None
     results = []
     for absorbed in (False, True):
         attention.absorbed = absorbed
         attention.zero_grad()
         hidden = random_hidden().requires_grad_()
-        output = run(attention, hidden, mask)
+        output = run(attention, hidden, documents)
         output.square().sum().backward()
         gradients = {key: parameter.grad for key, parameter in attention.named_parameters()}
         results.append({"output": output.detach(), "hidden": hidden.grad, **gradients})
@@ -74,8 +73,7 @@ def test_packed_documents_equal_documents_alone() -> None:
     """Rotary positions are relative, so a document in the middle of a pack gives what it gives on its own."""
     attention = random_attention()
     hidden = random_hidden(batch=1, length=12)
-    mask = document_mask(torch.tensor([[0] * 5 + [1] * 4 + [2] * 3]))
-    packed = run(attention, hidden, mask)
+    packed = run(attention, hidden, torch.tensor([[0] * 5 + [1] * 4 + [2] * 3]))
     for start, stop in ((0, 5), (5, 9), (9, 12)):
         torch.testing.assert_close(packed[:, start:stop], run(attention, hidden[:, start:stop]), rtol=1e-4, atol=1e-5)
 

@@ -1,8 +1,9 @@
-// The next token of one row of logits where nothing but the temperature decides: see `engine/sampler.py`.
+// The next tokens of rows of logits where nothing but the temperature decides: see `engine/sampler.py`.
 
 #include <vector>
 
 #include "lanes.h"
+#include "pool.h"
 
 namespace {
 
@@ -33,13 +34,20 @@ inline void weights_at(const float* logits, int64_t count, float top, float temp
     for (int64_t i = count; i < kLanes; ++i) weights[i] = 0.0f;
 }
 
-}  // namespace
-
-extern "C" {
+// A number in [0, 1) of 53 bits for a place of an output, as `engine/philox.py` has it (Philox4x32-10).
+double uniform(uint64_t seed, uint64_t position) {
+    uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), 0, 0}, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        const uint64_t a = uint64_t(0xD2511F53u) * c[0], b = uint64_t(0xCD9E8D57u) * c[2];
+        const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ k0, uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ k1, uint32_t(a)};
+        std::copy_n(next, 4, c);
+    }
+    return (double(c[0] >> 5) * (1 << 26) + double(c[1] >> 6)) / double(int64_t(1) << 53);
+}
 
 // The token at `number` in [0, 1) of the cumulative distribution in id order; the most likely one, the lowest among
 // equals, when the temperature is 0; -1 when a logit is not finite.
-int64_t dr_sample(const float* logits, int64_t size, float temperature, double number) {
+int64_t token_at(const float* logits, int64_t size, float temperature, double number) {
     bool finite;
     const float top = largest(logits, size, finite);
     if (!finite) return -1;
@@ -68,6 +76,18 @@ int64_t dr_sample(const float* logits, int64_t size, float temperature, double n
         }
     }
     return last;  // rounding: the sum was reached by none
+}
+
+}  // namespace
+
+extern "C" {
+
+// tokens[i] of row rows[i] of logits [n, size]; see `Kernels.draw`.
+void dr_draw(const float* logits, int64_t size, const int64_t* rows, const float* temperatures, const uint64_t* seeds,
+             const int64_t* positions, int64_t count, int64_t* tokens, int32_t threads) {
+    pool::run(count, count * size < kSmallWork ? 1 : threads, [&](int64_t i) {
+        tokens[i] = token_at(logits + rows[i] * size, size, temperatures[i], uniform(seeds[i], uint64_t(positions[i])));
+    });
 }
 
 }  // extern "C"

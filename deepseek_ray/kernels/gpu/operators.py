@@ -5,17 +5,18 @@ No operator of a decode step waits for the GPU, so that a step can be captured a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepseek_ray.kernels.base import Choice, ExpertWeights, Rotation
+from deepseek_ray.kernels.base import Choice, ExpertWeights, Place, Rotation
 from deepseek_ray.kernels.build import KernelBuildError
 from deepseek_ray.kernels.fast import FastKernels
-from deepseek_ray.kernels.gpu import experts, gate, latents, rows
+from deepseek_ray.kernels.gpu import experts, gate, latents
+from deepseek_ray.kernels.gpu import rows as row_operators
 from deepseek_ray.kernels.native import NativeKernels
 
 
@@ -32,18 +33,18 @@ class GpuKernels(FastKernels):
         except KernelBuildError:
             self._on_host = None
 
-    def sample(self, logits: NDArray[np.float32], temperature: float, number: float) -> int | None:
+    def draw(self, logits: NDArray[np.float32], rows: Sequence[int], places: Sequence[Place]) -> list[int] | None:
         """On the host, where the logits are by then."""
-        return None if self._on_host is None else self._on_host.sample(logits, temperature, number)
+        return None if self._on_host is None else self._on_host.draw(logits, rows, places)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rows.rms_norm(x, weight, eps)
+        return row_operators.rms_norm(x, weight, eps)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return rows.silu_mul(gate_up)
+        return row_operators.silu_mul(gate_up)
 
-    def combine_slots(self, rows_of_slots: Tensor, weights: Tensor) -> Tensor:
-        return rows.combine_slots(rows_of_slots, weights)
+    def combine_slots(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return row_operators.combine_slots(rows, weights)
 
     def choose_experts(self, scores: Tensor, bias: Tensor | None, choice: Choice) -> tuple[Tensor, Tensor]:
         return gate.choose_experts(scores, bias, choice)

@@ -3,7 +3,8 @@
 //
 // Letters: B sequences, S tokens, N heads; of a head: C widths without rotation, R rotated, D = C + R, V of values.
 // queries [B, S, N, D]; expanded [B, S, N, C + V], keys before values; k_rope [B, S, R], of all heads; cos and sin
-// [B or 1, S, R / 2]; out [B, S, N, V]; logs [B, N, S] = ln sum exp(scores). Keys are rotated when `of_rope` says so.
+// [B or 1, S, R / 2]; documents [B, S], null where each sequence is one: a token sees those before it in its own; out
+// [B, S, N, V]; logs [B, N, S] = ln sum exp(scores).
 
 #include "product.h"
 
@@ -21,7 +22,10 @@ struct Shape {
     int64_t padded() const { return (length + kLanes - 1) / kLanes * kLanes; }
 };
 
-struct Inputs { const float *queries, *expanded, *k_rope, *cos, *sin; };
+struct Inputs {
+    const float *queries, *expanded, *k_rope, *cos, *sin;
+    const int64_t* documents;
+};
 
 // One head of one sequence: where its rows are.
 struct Head {
@@ -72,6 +76,14 @@ inline void assemble(const Head& at, const Inputs& in, float* queries, float* ke
     }
 }
 
+// row[i] = value for the keys before token s that are in other documents.
+inline void hide(const Head& at, const Inputs& in, int64_t s, float value, float* row) {
+    if (!in.documents) return;
+    const int64_t* documents = in.documents + at.token(0);
+    const int64_t own = documents[s];
+    for (int64_t i = 0; i < s; ++i) row[i] = documents[i] == own ? row[i] : value;
+}
+
 // scores [count] -> probabilities in place, zeros up to `end`; returns ln sum exp(scores).
 inline float softmax(float* row, int64_t count, int64_t end) {
     std::fill(row + count, row + end, -INFINITY);
@@ -112,8 +124,12 @@ void forward_head(const Head& at, const Inputs& in, float* out, float* logs) {
         const Block block(shape, start);
         pack_left(Operand{queries + start * width, width, false}, block.rows, width, tiles);
         multiply_packed(tiles, width, block.rows, key_panels, width, block.end, width, scores, padded, false);
-        for (int64_t r = 0; r < block.rows; ++r)
-            logs[at.log(start + r)] = softmax(scores + r * padded, start + r + 1, block.end);
+        for (int64_t r = 0; r < block.rows; ++r) {
+            float* row = scores + r * padded;
+            hide(at, in, start + r, -INFINITY, row);
+            logs[at.log(start + r)] = softmax(row, start + r + 1, block.end);
+            hide(at, in, start + r, 0.0f, row);  // the exponential of minus infinity is not quite zero
+        }
         pack_left(Operand{scores, padded, false}, block.rows, block.seen, tiles);
         multiply_packed(tiles, block.seen, block.rows, value_panels, length, shape.value, block.seen, out + at.out(start),
                         shape.heads * shape.value, false);
@@ -123,8 +139,8 @@ void forward_head(const Head& at, const Inputs& in, float* out, float* logs) {
 struct Gradients { float *queries, *expanded, *k_rope; };  // k_rope [B, N, S, R]: the caller sums over heads
 
 // probabilities [rows, padded] from scores, and of_scores from the gradient of the probabilities, both in place.
-inline void softmax_backward(const Head& at, const Block& block, const float* out, const float* of_out, const float* logs,
-                             float* scores, float* of_scores) {
+inline void softmax_backward(const Head& at, const Inputs& in, const Block& block, const float* out, const float* of_out,
+                             const float* logs, float* scores, float* of_scores) {
     const Shape& shape = at.shape;
     const int64_t padded = shape.padded();
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -142,6 +158,8 @@ inline void softmax_backward(const Head& at, const Block& block, const float* ou
         }
         std::fill(p + count, p + block.end, 0.0f);
         std::fill(d + count, d + block.end, 0.0f);
+        hide(at, in, s, 0.0f, p);
+        hide(at, in, s, 0.0f, d);
     }
 }
 
@@ -188,7 +206,7 @@ void backward_head(const Head& at, const Inputs& in, const float* out, const flo
         multiply_packed(tiles, width, rows, key_panels, width, block.end, width, scores, padded, false);
         pack_left(Operand{g, out_stride, false}, rows, value, tiles);
         multiply_packed(tiles, value, rows, value_panels, value, block.end, value, of_scores, padded, false);
-        softmax_backward(at, block, out, of_out, logs, scores, of_scores);
+        softmax_backward(at, in, block, out, of_out, logs, scores, of_scores);
         pack_left(Operand{of_scores, padded, false}, rows, seen, tiles);
         multiply_packed(tiles, seen, rows, key_rows, length, width, seen, of_queries + start * width, width, false);
         pack_left(Operand{of_scores, padded, true}, seen, rows, tiles);
@@ -206,19 +224,20 @@ void backward_head(const Head& at, const Inputs& in, const float* out, const flo
 extern "C" {
 
 void dt_attention(const float* queries, const float* expanded, const float* k_rope, const float* cos, const float* sin,
-                  const int64_t* sizes, float scale, float* out, float* logs, int32_t threads) {
+                  const int64_t* documents, const int64_t* sizes, float scale, float* out, float* logs, int32_t threads) {
     const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], scale};
-    const Inputs in{queries, expanded, k_rope, cos, sin};
+    const Inputs in{queries, expanded, k_rope, cos, sin, documents};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < shape.sequences * shape.heads; ++task)
         forward_head(Head{shape, task / shape.heads, task % shape.heads}, in, out, logs);
 }
 
 void dt_attention_backward(const float* queries, const float* expanded, const float* k_rope, const float* cos,
-                           const float* sin, const int64_t* sizes, float scale, const float* out, const float* logs,
-                           const float* of_out, float* of_queries, float* of_expanded, float* of_k_rope, int32_t threads) {
+                           const float* sin, const int64_t* documents, const int64_t* sizes, float scale, const float* out,
+                           const float* logs, const float* of_out, float* of_queries, float* of_expanded,
+                           float* of_k_rope, int32_t threads) {
     const Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], scale};
-    const Inputs in{queries, expanded, k_rope, cos, sin};
+    const Inputs in{queries, expanded, k_rope, cos, sin, documents};
     const Gradients to{of_queries, of_expanded, of_k_rope};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < shape.sequences * shape.heads; ++task)

@@ -147,7 +147,7 @@ class DeepSeekForCausalLM(nn.Module):
     ) -> ModelOutput:
         """Logits of every position.
 
-        input_ids: [B, S] int64. document_ids: [B, S] integers; a token sees earlier tokens of its own document only, all
+        input_ids: [B, S] int64. document_ids: [B, S]; a token sees earlier tokens of its own document only, all of the
         earlier ones when None. positions: [B or 1, S] int64, 0 to S - 1 when None. with_mtp: also run the
         multi-token-prediction layers.
         """

@@ -31,7 +31,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Links first: they count the process's descriptors, and Ray's gRPC, once loaded, opens and closes some at will.
+    """Those first that count the process's descriptors: Ray's gRPC, once loaded, opens and closes some at will.
     Those that share a Ray cluster last: it lives from the first of them on, and others start one of their own.
     GPU tests skip themselves where there is no device."""
     items.sort(key=_place)
@@ -46,6 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place(item: pytest.Item) -> int:
-    if "links" in item.path.parts:
+    fixtures = getattr(item, "fixturenames", ())
+    if "nothing_left_behind" in fixtures:
         return 0
-    return 2 if "ray_cluster" in getattr(item, "fixturenames", ()) else 1
+    return 2 if "ray_cluster" in fixtures else 1

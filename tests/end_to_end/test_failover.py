@@ -68,7 +68,7 @@ def test_kill_the_router(backend: ActorsBackend, expected: dict[int, list[int]])
     again = Watched(backend, "after-router", strike=lambda: None)
     assert dict(again.tokens) == expected
     assert restarts_of(backend, "router") == 1
-    assert [pid_of(backend, *member) for member in members] == pids, "a member did not report to the new router"
+    wait_for(lambda: [pid_of(backend, *member) for member in members] == pids)  # they report to the new router
 
 
 def test_kill_the_attention_worker(backend: ActorsBackend, expected: dict[int, list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (arXiv 2405.04434, section 2.1) over whole sequences, in plain torch with gradients.
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1) over whole sequences, with gradients.
 
 Keys and values of all heads come from one latent per token. The naive form expands it to keys and values per head; the
 absorbed form moves the expansion to the query and the output, so that heads attend to the latents themselves. Both are

@@ -121,7 +121,9 @@ def _fit(
             failure_config=ray.train.FailureConfig(max_failures=config.training.max_failures),
             # Ray would give every worker one OpenMP thread. A worker owns its cores, so its threads may spin while they
             # wait: asleep between the many small operations of a step they lose a third of the speed.
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads), **ONE_ARENA}},
+            worker_runtime_env={
+                "env_vars": {"OMP_NUM_THREADS": str(workers.threads), **({} if workers.use_gpu else ONE_ARENA)}
+            },
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )

@@ -98,8 +98,8 @@ private:
     std::atomic<bool> wanted_{false}, left_{false};
 };
 
-// The thread. It takes no lock and frees nothing: whoever waited for it to get some time again would wait for long. Never
-// destroyed: it runs until the process ends.
+// The thread. It shares no lock with those who give it work, and frees nothing of theirs: whoever waited for it to get some
+// time again would wait for long. Never destroyed: it runs until the process ends.
 class Idler {
 public:
     static Idler& shared() {

@@ -12,30 +12,9 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.kernels.base import PackedWeight
-from deepseek_ray.kernels.native_steps import DTYPES
+from deepseek_ray.kernels.native_layout import DTYPES, matrix_of
 
-_LANES = 16
 _LONG, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-
-
-class _PackedMatrix(ctypes.Structure):
-    _fields_ = (
-        *(("data", _POINTER), ("scales", _POINTER)),
-        *(("data_bytes", _LONG), ("scale_bytes", _LONG), ("num_out", _LONG), ("num_in", _LONG)),
-    )
-
-    @classmethod
-    def of(cls, weight: PackedWeight) -> _PackedMatrix:
-        blocks = -(-weight.num_out // _LANES)
-        data, scales = weight.data, weight.scales
-        return cls(
-            data.data_ptr(),
-            None if scales is None else scales.data_ptr(),
-            data.nbytes // blocks,
-            0 if scales is None else scales.nbytes // blocks,
-            weight.num_out,
-            weight.num_in,
-        )
 
 
 class _Work(NamedTuple):
@@ -58,8 +37,8 @@ class Aside:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         library.dr_aside_begin.restype = _POINTER
-        library.dr_aside_begin.argtypes = (_POINTER, _LONG, _INT, _LONG, _POINTER, _POINTER, _INT)
-        library.dr_aside_finish.argtypes = (_POINTER, _POINTER, _INT)
+        library.dr_aside_begin.argtypes = (_POINTER, _LONG, _INT, _LONG, _POINTER, _POINTER)
+        library.dr_aside_finish.argtypes = (_POINTER, _POINTER)
         library.dr_aside_finish.restype = library.dr_aside_free.restype = None
         library.dr_aside_is_left.argtypes = library.dr_aside_free.argtypes = (_POINTER,)
         self._library = library
@@ -69,8 +48,7 @@ class Aside:
         assert x.stride(1) == 1 and gate_up.num_out == 2 * down.num_in and gate_up.num_in == x.shape[1]
         handle = self._library.dr_aside_begin(
             *(x.data_ptr(), x.stride(0), DTYPES[x.dtype], x.shape[0]),
-            *(ctypes.byref(_PackedMatrix.of(gate_up)), ctypes.byref(_PackedMatrix.of(down))),
-            DTYPES[down.data.dtype],
+            *(matrix_of(gate_up), matrix_of(down)),
         )
         out = torch.empty(x.shape[0], down.num_out, dtype=x.dtype)
 

@@ -36,6 +36,8 @@ class PackedWeight:
         self.num_out = num_out
         self.num_in = num_in
         self.scales = scales
+        self.reference: Any = None
+        """What an implementation remembers of where it is."""
 
     @property
     def parts(self) -> list[Tensor]:
@@ -59,6 +61,49 @@ class Rotation(NamedTuple):
     sin: Tensor
     interleaved: bool
     """Pairs are neighbours, not halves."""
+
+
+class Step(NamedTuple):
+    """Where the tokens of a step are, see `nn/paged.PagedBatch`."""
+
+    rotation: Rotation
+    slots: Tensor
+    """[T] int64: where their latents go."""
+    positions: Tensor
+    """[T] int64."""
+    sequence_rows: Tensor
+    """[T] int32, rows of the block tables."""
+    block_tables: Tensor
+    """[S, max_blocks] int32."""
+    block_size: int
+
+
+class AttentionWeights(NamedTuple):
+    """Of a layer's absorbed MLA and of the norms before and after it; norms and biases are float32."""
+
+    input_norm: Tensor
+    q_a: PackedWeight | None
+    """None: `q` takes the hidden state itself."""
+    q_a_bias: Tensor | None
+    q_norm: Tensor | None
+    q: PackedWeight
+    kv_a: PackedWeight
+    kv_a_bias: Tensor | None
+    kv_norm: Tensor
+    w_uk: PackedWeight
+    """One group [R, N] per head."""
+    w_uv: PackedWeight
+    o: PackedWeight
+    o_bias: Tensor | None
+    post_norm: Tensor
+    eps: float
+    latent_eps: float
+    softmax_scale: float
+
+
+AttentionOperator = Callable[[Tensor, Step, Tensor], tuple[Tensor, Tensor]]
+"""(hidden [T, H], step, latents [slots, R + P]) -> the hidden state after attention, and its norm, both [T, H]. The
+latents of the step's tokens are written first."""
 
 
 class Place(NamedTuple):
@@ -138,9 +183,13 @@ class Kernels(ABC):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """`[T, 2N] -> [T, N]`: `silu(first half) * second half`."""
 
+    def mlp(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+        """`linear(silu_mul(linear(x, gate_up)), down)`."""
+        return self.linear(self.silu_mul(self.linear(x, gate_up)), down)
+
     def mlp_aside(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Callable[[], Tensor] | None:
-        """`linear(silu_mul(linear(x, gate_up)), down)` begun in the time that the cores have left; the result does the
-        rest of it. x [T, K] has rows. None: these kernels do not know how."""
+        """`mlp` begun in the time that the cores have left; the result does the rest of it. x [T, K] has rows. None: these
+        kernels do not know how."""
         return None
 
     @abstractmethod
@@ -151,6 +200,17 @@ class Kernels(ABC):
         """For each of `rows` of logits [n, V] the token that its place draws from softmax(row / temperature): the one
         at `engine/philox.uniform(seed, position)` in id order; at temperature 0 the most likely one, the lowest id
         among equals. -1 where a logit is not finite. None: these kernels have no faster way than numpy's."""
+        return None
+
+    def attention(self, weights: AttentionWeights) -> AttentionOperator | None:
+        """All of a layer up to its feed-forward network, made once; None: it is to be composed of the operators here,
+        which give the same bits."""
+        return None
+
+    def route(
+        self, x: Tensor, gate: PackedWeight, kind: ScoreKind, bias: Tensor | None, choice: Choice
+    ) -> tuple[Tensor, Tensor] | None:
+        """`choose_experts` of the scores of x [T, K]; None: it is to be composed, too."""
         return None
 
     def write_latents(
@@ -168,8 +228,9 @@ class Kernels(ABC):
         """Ids [T, K] int64 and weights [T, K] float32 of each token's experts from scores [T, E] float32."""
         return None
 
-    def combine_slots(self, rows: Tensor, weights: Tensor) -> Tensor | None:
-        """rows [T, K, H] weighed by weights [T, K] float32 and summed in slot order, in float32, rounded once."""
+    def combine_slots(self, rows: Tensor, weights: Tensor, more: Sequence[Tensor] = ()) -> Tensor | None:
+        """rows [T, K, H] weighed by weights [T, K] float32 and summed in slot order, in float32, rounded once. Then each
+        of `more` [T, H] is added, and each sum rounded."""
         return None
 
     def expert_table(self, experts: Mapping[int, ExpertWeights], num_experts: int) -> Any | None:

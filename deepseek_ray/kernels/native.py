@@ -16,10 +16,9 @@ from torch import Tensor
 from deepseek_ray.kernels import build
 from deepseek_ray.kernels.aside import Aside
 from deepseek_ray.kernels.base import PackedWeight, Place, ScoreKind
-from deepseek_ray.kernels.native_steps import DTYPES, NativeSteps, declare
+from deepseek_ray.kernels.native_layout import DTYPES, LANES
+from deepseek_ray.kernels.native_steps import NativeSteps, declare
 from deepseek_ray.kernels.quantize import INT4_GROUP, Quantization
-
-_LANES = 16
 
 
 @functools.cache
@@ -35,7 +34,7 @@ class NativeKernels(NativeSteps):
     """Row-invariant C++ on the CPU. Packed weights are as `cpp/linear.cpp` says."""
 
     name = "native C++"
-    layout = f"blocks of {_LANES} outputs, inputs in units of 4 bytes, bytes from 0"
+    layout = f"blocks of {LANES} outputs, inputs in units of 4 bytes, bytes from 0"
 
     def __init__(self) -> None:
         self._library = load_library()
@@ -64,8 +63,8 @@ class NativeKernels(NativeSteps):
             return self._pack_integers(weight, quantization)
         num_out, num_in = weights[0].shape
         dtype = weights[0].dtype
-        blocks, inputs = -(-num_out // _LANES), -(-num_in * dtype.itemsize // 4) * 4 // dtype.itemsize
-        data = torch.empty(len(weights), blocks * inputs * _LANES, dtype=dtype)
+        blocks, inputs = -(-num_out // LANES), -(-num_in * dtype.itemsize // 4) * 4 // dtype.itemsize
+        data = torch.empty(len(weights), blocks * inputs * LANES, dtype=dtype)
         for packed, weight in zip(data, weights, strict=True):
             assert weight.shape == (num_out, num_in) and weight.stride(1) == 1, (weight.shape, weight.stride())
             self._library.dr_pack(
@@ -82,14 +81,14 @@ class NativeKernels(NativeSteps):
     def _pack_integers(self, weight: Tensor, quantization: Quantization) -> PackedWeight:
         num_out, num_in = weight.shape
         assert weight.stride(1) == 1, weight.stride()
-        blocks, groups = -(-num_out // _LANES), -(-num_in // INT4_GROUP)
+        blocks, groups = -(-num_out // LANES), -(-num_in // INT4_GROUP)
         if quantization == "int8":
             pack = self._library.dr_pack_int8
-            data, scales = torch.empty(1, blocks * groups * 32 * _LANES, dtype=torch.int8), torch.empty(blocks * _LANES)
+            data, scales = torch.empty(1, blocks * groups * 32 * LANES, dtype=torch.int8), torch.empty(blocks * LANES)
         else:
             pack = self._library.dr_pack_int4
-            data = torch.empty(1, blocks * groups * (INT4_GROUP // 8) * _LANES, dtype=torch.int32)
-            scales = torch.empty(blocks * groups * _LANES, dtype=torch.bfloat16)
+            data = torch.empty(1, blocks * groups * (INT4_GROUP // 8) * LANES, dtype=torch.int32)
+            scales = torch.empty(blocks * groups * LANES, dtype=torch.bfloat16)
         pack(
             ctypes.c_void_p(weight.data_ptr()),
             ctypes.c_int64(weight.stride(0)),

@@ -1,13 +1,13 @@
-"""The C++ operators that stand for a dozen of torch's each: between products, a decode step is bound by their number.
+"""The C++ operators that are a large part of a decoder layer each: a step of few tokens is bound by their number.
 
-Part of `NativeKernels`. Each gives the bits of the torch operators that it replaces.
+Part of `NativeKernels`. Each gives the bits of the operators that it is composed of.
 """
 
 from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,22 +15,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepseek_ray.kernels.base import Choice, ExpertWeights, Kernels, PackedWeight, Rotation
+from deepseek_ray.kernels.base import (
+    AttentionOperator,
+    AttentionWeights,
+    Choice,
+    ExpertWeights,
+    Kernels,
+    PackedWeight,
+    ScoreKind,
+)
+from deepseek_ray.kernels.native_attention import NativeAttention
+from deepseek_ray.kernels.native_layout import DTYPES, matrix_of
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
 _LONG, _POINTER, _INT, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 _SIGNATURES = {
-    "dr_write_latents": (
-        *(_POINTER, _LONG, _INT, _LONG, _LONG, _LONG, _POINTER, _FLOAT, _POINTER, _POINTER, _INT, _POINTER),
+    "dr_attention": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _POINTER, _POINTER, _POINTER, _INT),
+    "dr_mlp": (_POINTER, _LONG, _INT, _LONG, _POINTER, _POINTER, _POINTER, _INT),
+    "dr_route": (
+        *(_POINTER, _LONG, _INT, _LONG, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _POINTER),
         *(_POINTER, _INT),
     ),
-    "dr_turn_query": (
-        *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT, _POINTER, _INT),
-    ),
-    "dr_choose_experts": (
-        *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _POINTER, _POINTER),
-    ),
-    "dr_combine_slots": (_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT),
+    "dr_combine_slots": (_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _LONG, _POINTER, _INT),
     "dr_experts": (
         *(_POINTER, _LONG, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
         *(_POINTER, _INT, _POINTER, _INT),
@@ -64,51 +69,39 @@ class NativeSteps(Kernels):
     @abstractmethod
     def _threads(self) -> int: ...
 
-    def write_latents(
-        self, kv: Tensor, norm: Tensor, eps: float, rotation: Rotation, slots: Tensor, latents: Tensor
-    ) -> bool:
-        cos, sin, interleaved = rotation
-        tokens, width = kv.shape
-        rank = len(norm)
-        assert kv.stride(1) == 1 and kv.dtype == latents.dtype and latents.is_contiguous() and slots.is_contiguous()
-        assert latents.shape[1] == width == rank + 2 * cos.shape[1] and cos.is_contiguous() and sin.is_contiguous()
-        self._library.dr_write_latents(
-            *(kv.data_ptr(), kv.stride(0), DTYPES[kv.dtype], tokens, rank, (width - rank) // 2, norm.data_ptr(), eps),
-            *(cos.data_ptr(), sin.data_ptr(), interleaved, slots.data_ptr(), latents.data_ptr(), self._threads),
-        )
-        return True
+    def attention(self, weights: AttentionWeights) -> AttentionOperator:
+        return NativeAttention(self._library, weights, lambda: self._threads)
 
-    def turn_query(self, absorbed: Tensor, query: Tensor, rotation: Rotation) -> Tensor:
-        cos, sin, interleaved = rotation
-        tokens, heads, rank = absorbed.shape
-        half = cos.shape[1]
-        assert absorbed.is_contiguous() and query.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
-        assert absorbed.dtype == query.dtype == torch.float32
-        out = torch.empty(tokens, heads, rank + 2 * half)
-        self._library.dr_turn_query(
-            *(absorbed.data_ptr(), query.data_ptr(), tokens, heads, query.shape[2], rank, half),
-            *(cos.data_ptr(), sin.data_ptr(), interleaved, out.data_ptr(), self._threads),
+    def mlp(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+        assert x.stride(1) == 1 and x.shape[1] == gate_up.num_in and gate_up.num_out == 2 * down.num_in
+        out = torch.empty(x.shape[0], down.num_out, dtype=x.dtype)
+        self._library.dr_mlp(
+            *(x.data_ptr(), x.stride(0), DTYPES[x.dtype], x.shape[0]),
+            *(matrix_of(gate_up), matrix_of(down), out.data_ptr(), self._threads),
         )
         return out
 
-    def choose_experts(self, scores: Tensor, bias: Tensor | None, choice: Choice) -> tuple[Tensor, Tensor]:
-        assert scores.is_contiguous() and scores.dtype == torch.float32
-        tokens, num_experts = scores.shape
+    def route(
+        self, x: Tensor, gate: PackedWeight, kind: ScoreKind, bias: Tensor | None, choice: Choice
+    ) -> tuple[Tensor, Tensor]:
+        assert x.stride(1) == 1 and x.shape[1] == gate.num_in and gate.data.dtype == torch.float32
+        tokens = x.shape[0]
         ids, weights = torch.empty(tokens, choice.top_k, dtype=torch.int64), torch.empty(tokens, choice.top_k)
-        self._library.dr_choose_experts(
-            *(scores.data_ptr(), None if bias is None else bias.data_ptr(), tokens, num_experts),
-            *(*choice, ids.data_ptr(), weights.data_ptr()),
+        self._library.dr_route(
+            *(x.data_ptr(), x.stride(0), DTYPES[x.dtype], tokens, matrix_of(gate), 0 if kind == "sigmoid" else 1),
+            *(None if bias is None else bias.data_ptr(), *choice, ids.data_ptr(), weights.data_ptr(), self._threads),
         )
         return ids, weights
 
-    def combine_slots(self, rows: Tensor, weights: Tensor) -> Tensor | None:
-        if not (rows.is_contiguous() and weights.is_contiguous()):
+    def combine_slots(self, rows: Tensor, weights: Tensor, more: Sequence[Tensor] = ()) -> Tensor | None:
+        if not all(part.is_contiguous() for part in (rows, weights, *more)):
             return None
         tokens, slots, width = rows.shape
+        assert all(part.shape == (tokens, width) and part.dtype == rows.dtype for part in more)
         out = torch.empty(tokens, width, dtype=rows.dtype)
         self._library.dr_combine_slots(
-            *(rows.data_ptr(), weights.data_ptr(), tokens, slots, width, DTYPES[rows.dtype], out.data_ptr()),
-            self._threads,
+            *(rows.data_ptr(), weights.data_ptr(), tokens, slots, width, DTYPES[rows.dtype]),
+            *((_POINTER * len(more))(*(part.data_ptr() for part in more)), len(more), out.data_ptr(), self._threads),
         )
         return out
 

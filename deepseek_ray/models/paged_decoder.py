@@ -4,14 +4,13 @@ Prefill, decode and recompute take the same road with the same row-invariant ope
 same bits whichever of them computed it and whoever shared the batch. Weights are read once, packed, and never trained;
 the trainable twin is `models/decoder.py`.
 
-Letters: T tokens of the step, H heads, R kv_lora_rank, P qk_rope_head_dim.
+Letters: T tokens of the step, H hidden size.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,18 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.config.model import ModelConfig
-from deepseek_ray.kernels.base import Kernels, PackedWeight, Place, Rotation
+from deepseek_ray.kernels.base import Kernels, PackedWeight, Place, Rotation, Step
 from deepseek_ray.kernels.quantize import Quantization
 from deepseek_ray.kernels.select import default_kernels
 from deepseek_ray.models.checkpoint import CheckpointReader
-from deepseek_ray.models.decoder_weights import DecoderWeights, biased
-from deepseek_ray.nn.gate import choice_of, choose_experts
+from deepseek_ray.models.decoder_weights import DecoderWeights
+from deepseek_ray.models.paged_layer import Layer, LayerEnd
 from deepseek_ray.nn.moe import ExpertBackend
-from deepseek_ray.nn.norm import LATENT_NORM_EPS
 from deepseek_ray.nn.paged import LatentCache, PagedBatch
-from deepseek_ray.nn.rope import apply_rope, rope_tables
-from deepseek_ray.nn.slots import combine_slots
-from deepseek_ray.nn.transfer import moved
+from deepseek_ray.nn.rope import rope_tables
 
 
 class PagedDecoder:
@@ -62,7 +58,7 @@ class PagedDecoder:
         self._embedding = weights.plain("model.embed_tokens.weight")
         self._layers = []
         for layer in range(self.config.num_hidden_layers):
-            self._layers.append(_Layer(self.config, layer, weights, experts))
+            self._layers.append(Layer(self.config, layer, weights, experts))
             if on_layer:
                 on_layer(layer)
         self._final_norm = weights.norm("model.norm.weight")
@@ -108,7 +104,7 @@ class PagedDecoder:
             normed = self._kernels.rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
             mixed = self._mtp.mix(batch.token_ids, normed)
             own = cache.layer(self.config.num_hidden_layers)
-            mixed = self._mtp.layer.begin(mixed, *self._rotation(batch), batch, own, cache.block_size).end()
+            mixed = self._mtp.layer.begin(mixed, self._step(batch, cache), own)()
             return self._logits(mixed[batch.logit_rows], self._mtp.norm, self._mtp.head).argmax(dim=1)
 
     def _decode(self, batch: PagedBatch, cache: LatentCache) -> Tensor:
@@ -118,16 +114,17 @@ class PagedDecoder:
         The first ones come first in every layer, so a token finds the latents of those before it in its sequence.
         """
         parts = self._parts(batch)
-        rotations = [self._rotation(part) for _, part in parts]
+        steps = [self._step(part, cache) for _, part in parts]
         hidden = [self._embedding[part.token_ids] for _, part in parts]
-        begun: list[_Begun] = []
+        ends: list[LayerEnd] = []
         for index, layer in enumerate(self._layers):
             latents = cache.layer(index)
-            for place, (first_row, part) in enumerate(parts):
+            for place, (first_row, _) in enumerate(parts):
                 if index:
-                    hidden[place] = begun.pop(0).end()
-                begun.append(layer.begin(hidden[place], *rotations[place], part, latents, cache.block_size, first_row))
-        return torch.cat([each.end() for each in begun])
+                    hidden[place] = ends.pop(0)()
+                ends.append(layer.begin(hidden[place], steps[place], latents, first_row))
+        outputs = [end() for end in ends]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _parts(self, batch: PagedBatch) -> list[tuple[int, PagedBatch]]:
         """Place of the first row, and the micro-batch."""
@@ -137,53 +134,13 @@ class PagedDecoder:
         edges = [batch.num_tokens * place // count for place in range(count + 1)]
         return [(first, batch.part(first, last)) for first, last in itertools.pairwise(edges)]
 
-    def _rotation(self, batch: PagedBatch) -> tuple[Tensor, Tensor]:
-        return self._cos[batch.positions], self._sin[batch.positions]
+    def _step(self, batch: PagedBatch, cache: LatentCache) -> Step:
+        rotation = Rotation(self._cos[batch.positions], self._sin[batch.positions], self.config.rope_interleave)
+        places = batch.slots, batch.positions, batch.sequence_rows, batch.block_tables
+        return Step(rotation, *places, cache.block_size)
 
     def _logits(self, hidden: Tensor, norm: Tensor, head: PackedWeight) -> Tensor:
         return self._kernels.linear(self._kernels.rms_norm(hidden, norm, self.config.rms_norm_eps), head, torch.float32)
-
-
-class _Layer:
-    def __init__(self, config: ModelConfig, layer: int, weights: DecoderWeights, experts: ExpertBackend) -> None:
-        prefix = f"model.layers.{layer}"
-        self._kernels = weights.kernels
-        self._eps = config.rms_norm_eps
-        self._input_norm = weights.norm(f"{prefix}.input_layernorm.weight")
-        self._post_norm = weights.norm(f"{prefix}.post_attention_layernorm.weight")
-        self._attention = _LatentAttention(config, f"{prefix}.self_attn", weights)
-        self._mlp: _Mlp | _Moe
-        if config.is_moe_layer(layer):
-            self._mlp = _Moe(config, layer, f"{prefix}.mlp", weights, experts)
-        else:
-            self._mlp = _Mlp(f"{prefix}.mlp", weights)
-
-    def begin(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        batch: PagedBatch,
-        latents: Tensor,
-        block_size: int,
-        first_row: int = 0,
-    ) -> _Begun:
-        """Everything up to the routed experts, which are asked; the rest is the result's `end`."""
-        normed = self._kernels.rms_norm(hidden, self._input_norm, self._eps)
-        hidden = hidden + self._attention.forward(normed, cos, sin, batch, latents, block_size)
-        normed = self._kernels.rms_norm(hidden, self._post_norm, self._eps)
-        return _Begun(hidden, self._mlp.begin(normed, first_row))
-
-
-class _Begun(NamedTuple):
-    """A layer whose experts are at work."""
-
-    hidden: Tensor
-    output: Callable[[], Tensor]
-    """Waits for what is to be added to `hidden`."""
-
-    def end(self) -> Tensor:
-        return self.hidden + self.output()
 
 
 class _MtpLayer:
@@ -209,7 +166,7 @@ class _MtpLayer:
         self._embedding_norm = weights.norm(f"{prefix}.enorm.weight")
         self._hidden_norm = weights.norm(f"{prefix}.hnorm.weight")
         self._both = weights.linear(f"{prefix}.eh_proj.weight")
-        self.layer = _Layer(config, config.num_hidden_layers, weights, experts)
+        self.layer = Layer(config, config.num_hidden_layers, weights, experts)
         self.norm = weights.norm(f"{prefix}.shared_head.norm.weight")
 
     def mix(self, next_ids: Tensor, hidden: Tensor) -> Tensor:
@@ -217,132 +174,3 @@ class _MtpLayer:
         embedded = self._kernels.rms_norm(self._embedding[next_ids], self._embedding_norm, self._eps)
         hidden = self._kernels.rms_norm(hidden, self._hidden_norm, self._eps)
         return self._kernels.linear(torch.cat([embedded, hidden], dim=-1), self._both)
-
-
-class _LatentAttention:
-    """MLA in its absorbed form: W_uk is folded into the query, W_uv applied after the weighted sum of latents."""
-
-    def __init__(self, config: ModelConfig, prefix: str, weights: DecoderWeights) -> None:
-        self._config = config
-        self._kernels = weights.kernels
-        if config.q_lora_rank:
-            self._q_a = weights.linear(f"{prefix}.q_a_proj.weight")
-            self._q_a_bias = weights.bias(f"{prefix}.q_a_proj.bias")
-            self._q_norm = weights.norm(f"{prefix}.q_a_layernorm.weight")
-            self._q = weights.linear(f"{prefix}.q_b_proj.weight")
-        else:
-            self._q = weights.linear(f"{prefix}.q_proj.weight")
-        self._kv_a = weights.linear(f"{prefix}.kv_a_proj_with_mqa.weight")
-        self._kv_a_bias = weights.bias(f"{prefix}.kv_a_proj_with_mqa.bias")
-        self._kv_norm = weights.norm(f"{prefix}.kv_a_layernorm.weight")
-        heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-        kv_b = weights.plain(f"{prefix}.kv_b_proj.weight").view(heads, nope + value, config.kv_lora_rank)
-        self._w_uk = weights.kernels.pack([head[:nope].T.contiguous() for head in kv_b])
-        self._w_uv = weights.kernels.pack([head[nope:].contiguous() for head in kv_b])
-        self._o = weights.linear(f"{prefix}.o_proj.weight")
-        self._o_bias = weights.bias(f"{prefix}.o_proj.bias")
-
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PagedBatch, latents: Tensor, block_size: int
-    ) -> Tensor:
-        """hidden [T, hidden_size] -> [T, hidden_size]; writes the tokens' latents into `latents` first."""
-        config, kernels = self._config, self._kernels
-        self._write_latents(hidden, cos, sin, batch.slots, latents)
-        wide = hidden.dtype if kernels.rounds_queries else torch.float32
-        query = kernels.linear(self._query_input(hidden), self._q, wide)
-        query = query.view(hidden.shape[0], config.num_attention_heads, config.qk_head_dim)
-        nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        absorbed = kernels.per_head_linear(nope, self._w_uk)
-        turned = kernels.turn_query(absorbed, query, Rotation(cos, sin, config.rope_interleave))
-        if turned is None:
-            rope = apply_rope(rope, cos[:, None], sin[:, None], config.rope_interleave)
-            turned = torch.cat([absorbed, rope], dim=-1)
-        mixed = kernels.latent_attention(
-            turned,
-            latents,
-            batch.block_tables,
-            batch.sequence_rows,
-            batch.positions,
-            block_size,
-            config.kv_lora_rank,
-            config.softmax_scale,
-        )
-        values = kernels.per_head_linear(mixed, self._w_uv, hidden.dtype)
-        return biased(kernels, values.flatten(1), self._o, self._o_bias)
-
-    def _query_input(self, hidden: Tensor) -> Tensor:
-        if not self._config.q_lora_rank:
-            return hidden
-        compressed = biased(self._kernels, hidden, self._q_a, self._q_a_bias)
-        return self._kernels.rms_norm(compressed, self._q_norm, LATENT_NORM_EPS)
-
-    def _write_latents(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, latents: Tensor) -> None:
-        """`(RMSNorm(c), RoPE(k_rope))` of the step's tokens, `[T, R + P]`, into the cache."""
-        config = self._config
-        kv = biased(self._kernels, hidden, self._kv_a, self._kv_a_bias)
-        rotation = Rotation(cos, sin, config.rope_interleave)
-        if self._kernels.write_latents(kv, self._kv_norm, LATENT_NORM_EPS, rotation, slots, latents):
-            return
-        compressed, rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        compressed = self._kernels.rms_norm(compressed, self._kv_norm, LATENT_NORM_EPS)
-        rope = apply_rope(rope.float(), cos, sin, config.rope_interleave)
-        latents[slots] = torch.cat([compressed, rope.to(compressed.dtype)], dim=-1)
-
-
-class _Mlp:
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, prefix: str, weights: DecoderWeights) -> None:
-        self._kernels = weights.kernels
-        self._gate_up = weights.linear(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
-        self._down = weights.linear(f"{prefix}.down_proj.weight")
-
-    def begin(self, hidden: Tensor, first_row: int) -> Callable[[], Tensor]:
-        output = self.forward(hidden)
-        return lambda: output
-
-    def begin_aside(self, hidden: Tensor) -> Callable[[], Tensor]:
-        """`forward` with the time that the cores have left meanwhile."""
-        return self._kernels.mlp_aside(hidden, self._gate_up, self._down) or (lambda: self.forward(hidden))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        gated = self._kernels.silu_mul(self._kernels.linear(hidden, self._gate_up))
-        return self._kernels.linear(gated, self._down)
-
-
-class _Moe:
-    """Gate, routed experts behind the backend, shared experts while the routed ones are away (where these are computed
-    on the same cores, in the time that they leave)."""
-
-    def __init__(
-        self, config: ModelConfig, layer: int, prefix: str, weights: DecoderWeights, experts: ExpertBackend
-    ) -> None:
-        self._config = config
-        self._layer = layer
-        self._kernels = weights.kernels
-        self._experts = experts
-        self._gate = weights.kernels.pack([weights.plain(f"{prefix}.gate.weight", torch.float32)])
-        self._bias = weights.bias(f"{prefix}.gate.e_score_correction_bias")
-        self._choice = choice_of(config)
-        self._shared = _Mlp(f"{prefix}.shared_experts", weights) if config.n_shared_experts else None
-
-    def begin(self, hidden: Tensor, first_row: int) -> Callable[[], Tensor]:
-        """Ask the experts; the result waits for them."""
-        logits = self._kernels.linear(hidden, self._gate, torch.float32)
-        scores = self._kernels.scores(logits, self._config.scoring_func)
-        chosen = self._kernels.choose_experts(scores, self._bias, self._choice)
-        expert_ids, slot_weights = chosen or choose_experts(scores, self._bias, self._config)
-        there = self._experts.device
-        ticket = self._experts.dispatch(self._layer, moved(hidden, there), moved(expert_ids, there), first_row)
-        if self._shared is None:
-            return lambda: self._combine(ticket, slot_weights, hidden)
-        if self._experts.uses_our_cores(ticket):
-            shared = self._shared.begin_aside(hidden)
-            return lambda: self._combine(ticket, slot_weights, hidden) + shared()
-        output = self._shared.forward(hidden)
-        return lambda: self._combine(ticket, slot_weights, hidden) + output
-
-    def _combine(self, ticket: Any, slot_weights: Tensor, hidden: Tensor) -> Tensor:
-        rows = moved(self._experts.combine(ticket), hidden.device)
-        combined = self._kernels.combine_slots(rows, slot_weights)
-        return combine_slots(rows, slot_weights).to(hidden.dtype) if combined is None else combined

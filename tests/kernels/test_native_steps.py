@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from deepseek_ray.kernels.base import AttentionWeights, Kernels, Step
 from deepseek_ray.kernels.native import NativeKernels
 from deepseek_ray.kernels.reference import ReferenceKernels
 from deepseek_ray.models.checkpoint import CheckpointReader
+from deepseek_ray.models.decoder_weights import DecoderWeights
 from deepseek_ray.models.expert_store import ExpertStore
+from deepseek_ray.models.paged_attention import LatentAttention
 from deepseek_ray.nn.gate import choice_of, choose_experts
-from deepseek_ray.nn.norm import LATENT_NORM_EPS
-from deepseek_ray.nn.rope import apply_rope
 from deepseek_ray.nn.slots import combine_slots
 from tests.checkpoints import tiny_config, write_random_checkpoint
 from tests.kernels.cases import DTYPES, GATES, gate_config, random, rotation
@@ -22,38 +23,69 @@ from tests.kernels.cases import DTYPES, GATES, gate_config, random, rotation
 NATIVE = NativeKernels()
 
 
+class Composed(NativeKernels):
+    """Without the operators that are made of others."""
+
+    def attention(self, weights: AttentionWeights) -> None:
+        return None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("tokens", "rank", "turning"), [(1, 512, 64), (7, 20, 6), (700, 64, 16)])
-def test_latents_are_written(dtype: torch.dtype, interleaved: bool, tokens: int, rank: int, turning: int) -> None:
-    wide = random(tokens, rank + turning + 5, dtype=dtype)
-    kv, norm = wide[:, : rank + turning], random(rank, seed=2)  # rows further apart than they are long
-    slots = torch.randperm(tokens + 9, generator=torch.Generator().manual_seed(3))[:tokens]
-    turned = rotation(tokens, turning // 2, interleaved)
-    latents, expected = (torch.full((tokens + 9, rank + turning), 7.0, dtype=dtype) for _ in range(2))
-    compressed = NATIVE.rms_norm(kv[:, :rank], norm, LATENT_NORM_EPS)
-    rope = apply_rope(kv[:, rank:].float(), *turned)
-    expected[slots] = torch.cat([compressed, rope.to(dtype)], dim=-1)
-    assert NATIVE.write_latents(kv, norm, LATENT_NORM_EPS, turned, slots, latents)
-    assert torch.equal(latents, expected)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_interleave": True},
+        {"rope_interleave": False, "q_lora_rank": None},
+        {"attention_bias": True, "hidden_size": 72, "kv_lora_rank": 20, "qk_rope_head_dim": 6},
+    ],
+)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_attention_is_what_it_is_composed_of(
+    tmp_path: Path, dtype: torch.dtype, changes: dict[str, Any], quantization: Any
+) -> None:
+    config = tiny_config(**changes)
+    reader = CheckpointReader(write_random_checkpoint(tmp_path / "model", config))
+    whole, composed = (
+        LatentAttention(
+            config, "model.layers.0", DecoderWeights(reader, dtype, kernels, torch.device("cpu"), quantization)
+        )
+        for kernels in (NATIVE, Composed())
+    )
+    for tokens in (1, 7, 300):
+        step = Step(
+            rotation(tokens, config.qk_rope_head_dim // 2, config.rope_interleave),
+            torch.randperm(tokens + 3, generator=torch.Generator().manual_seed(3))[:tokens],
+            torch.arange(tokens) % 5,
+            torch.arange(tokens, dtype=torch.int32) % 2,
+            torch.tensor([[0, 1], [1, 0]], dtype=torch.int32),
+            4,
+        )
+        hidden = random(tokens, config.hidden_size + 5, dtype=dtype)[:, :-5]  # rows further apart than they are long
+        latents = [random(max(8, tokens + 3), config.latent_width, dtype=dtype, seed=1) for _ in range(2)]
+        found = whole.forward(hidden, step, latents[0])
+        expected = composed.forward(hidden, step, latents[1])
+        assert torch.equal(latents[0], latents[1])
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("tokens", [0, 1, 40])
-def test_queries_are_turned(interleaved: bool, tokens: int) -> None:
-    absorbed, query = random(tokens, 3, 50), random(tokens, 3, 30 + 14, seed=1)
-    turned = rotation(tokens, 7, interleaved)
-    rope = apply_rope(query[..., 30:], turned.cos[:, None], turned.sin[:, None], interleaved)
-    assert torch.equal(NATIVE.turn_query(absorbed, query, turned), torch.cat([absorbed, rope], dim=-1))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", [None, "int4"])
+@pytest.mark.parametrize("tokens", [0, 1, 200])
+def test_an_mlp_is_what_it_is_composed_of(dtype: torch.dtype, quantization: Any, tokens: int) -> None:
+    x = random(tokens, 40, dtype=dtype)
+    gate_up = NATIVE.pack([random(96, 40, dtype=dtype, seed=1)], quantization)
+    down = NATIVE.pack([random(33, 48, dtype=dtype, seed=2)], quantization)
+    assert torch.equal(NATIVE.mlp(x, gate_up, down), Kernels.mlp(NATIVE, x, gate_up, down))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate", GATES)
-def test_experts_are_chosen(gate: dict[str, Any]) -> None:
+def test_experts_are_chosen(gate: dict[str, Any], dtype: torch.dtype) -> None:
     config = gate_config(**gate)
-    logits = random(200, 32)
-    scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+    x, weight = random(200, 24, dtype=dtype), NATIVE.pack([random(32, 24, seed=1)])
     bias = random(32, seed=4) * 0.1 if config.topk_method == "noaux_tc" else None
-    ids, weights = NATIVE.choose_experts(scores, bias, choice_of(config))
+    ids, weights = NATIVE.route(x, weight, config.scoring_func, bias, choice_of(config))
+    scores = NATIVE.scores(NATIVE.linear(x, weight, torch.float32), config.scoring_func)
     expected_ids, expected_weights = choose_experts(scores, bias, config)
     assert torch.equal(ids, expected_ids)
     assert torch.equal(weights, expected_weights)
@@ -62,8 +94,9 @@ def test_experts_are_chosen(gate: dict[str, Any]) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 0.5])
 def test_each_token_has_experts_of_its_own_whatever_the_scores(value: float) -> None:
     for gate in GATES:
-        scores = torch.full((3, 32), value)
-        ids, _ = NATIVE.choose_experts(scores, None, choice_of(gate_config(**gate)))
+        config = gate_config(**gate)
+        x, weight = torch.full((3, 8), value), NATIVE.pack([torch.ones(32, 8)])
+        ids, _ = NATIVE.route(x, weight, config.scoring_func, None, choice_of(config))
         assert all(len(set(row)) == 5 and set(row) <= set(range(32)) for row in ids.tolist())
 
 
@@ -71,9 +104,13 @@ def test_each_token_has_experts_of_its_own_whatever_the_scores(value: float) -> 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 2048), (5, 33), (300, 96)])
 def test_slots_are_combined(dtype: torch.dtype, tokens: int, width: int) -> None:
     rows, weights = random(tokens, 6, width, dtype=dtype), random(tokens, 6, seed=1)
-    combined = NATIVE.combine_slots(rows, weights)
+    more = [random(tokens, width, dtype=dtype, seed=seed) for seed in (2, 3)]
+    combined = NATIVE.combine_slots(rows, weights, more)
+    expected = combine_slots(rows, weights).to(dtype)
     assert combined is not None
-    assert torch.equal(combined, combine_slots(rows, weights).to(dtype))
+    assert torch.equal(combined, expected + more[0] + more[1])
+    alone = NATIVE.combine_slots(rows, weights)
+    assert alone is not None and torch.equal(alone, expected)
     assert NATIVE.combine_slots(rows[..., ::2], weights) is None, "torch does what is not in one piece"
 
 

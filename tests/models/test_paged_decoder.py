@@ -16,7 +16,7 @@ from deepseek_ray.kernels.fast import FastKernels
 from deepseek_ray.kernels.native import NativeKernels
 from deepseek_ray.kernels.quantize import QUANTIZATIONS, Quantization, dequantize, quantize
 from deepseek_ray.kernels.reference import ReferenceKernels
-from deepseek_ray.models import paged_decoder
+from deepseek_ray.models import paged_layer
 from deepseek_ray.models.checkpoint import CheckpointReader
 from deepseek_ray.models.expert_store import ExpertStore, LocalExperts
 from deepseek_ray.models.paged_decoder import PagedDecoder
@@ -216,24 +216,24 @@ def test_shared_experts_do_not_take_the_cores_from_routed_ones(
     chunk = [(0, [5, 6, 7], 0)]
     (expected,) = Runner(make_decoder(directory, torch.float32), 1).step(chunk)
     order: list[str] = []
-    combine, forward, begin_aside = LocalExperts.combine, paged_decoder._Mlp.forward, paged_decoder._Mlp.begin_aside
+    combine, forward, begin_aside = LocalExperts.combine, paged_layer.Mlp.forward, paged_layer.Mlp.begin_aside
 
     def combine_and_tell(self: LocalExperts, ticket: torch.Tensor) -> torch.Tensor:
         order.append("combine")
         return combine(self, ticket)
 
-    def forward_and_tell(self: paged_decoder._Mlp, hidden: torch.Tensor) -> torch.Tensor:
+    def forward_and_tell(self: paged_layer.Mlp, hidden: torch.Tensor) -> torch.Tensor:
         order.append("mlp")
         return forward(self, hidden)
 
-    def begin_and_tell(self: paged_decoder._Mlp, hidden: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def begin_and_tell(self: paged_layer.Mlp, hidden: torch.Tensor) -> Callable[[], torch.Tensor]:
         order.append("mlp aside")
         return begin_aside(self, hidden)
 
-    monkeypatch.setattr(paged_decoder._Mlp, "begin_aside", begin_and_tell)
+    monkeypatch.setattr(paged_layer.Mlp, "begin_aside", begin_and_tell)
     monkeypatch.setattr(LocalExperts, "uses_our_cores", lambda self, ticket: ours)
     monkeypatch.setattr(LocalExperts, "combine", combine_and_tell)
-    monkeypatch.setattr(paged_decoder._Mlp, "forward", forward_and_tell)
+    monkeypatch.setattr(paged_layer.Mlp, "forward", forward_and_tell)
     (logits,) = Runner(make_decoder(directory, torch.float32), 1).step(chunk)
     assert order == ["mlp", "mlp aside" if ours else "mlp", "combine"]  # the first layer is dense
     assert torch.equal(logits, expected)

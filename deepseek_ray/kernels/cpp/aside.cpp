@@ -14,17 +14,6 @@
 #include "operators.h"
 #include "pool.h"
 
-extern "C" {
-
-// A packed weight; the bytes are those of a block of 16 columns. `scales` is null unless it holds integers.
-struct PackedMatrix {
-    const char* data;
-    const char* scales;
-    int64_t data_bytes, scale_bytes, num_out, num_in;
-};
-
-}  // extern "C"
-
 namespace {
 
 constexpr int64_t kPiece = 8;  // blocks of columns: some tens of microseconds
@@ -33,9 +22,8 @@ int64_t pieces_of(const PackedMatrix& matrix) { return (matrix.num_out + kPiece 
 
 class Mlp {
 public:
-    Mlp(const void* x, int64_t stride, int32_t dtype, int64_t rows, const PackedMatrix& gate_up, const PackedMatrix& down,
-        int32_t w_dtype)
-        : gate_up_(gate_up), down_(down), rows_(rows), dtype_(dtype), w_dtype_(w_dtype), x_(room(gate_up.num_in)),
+    Mlp(const void* x, int64_t stride, int32_t dtype, int64_t rows, const PackedMatrix& gate_up, const PackedMatrix& down)
+        : gate_up_(gate_up), down_(down), rows_(rows), dtype_(dtype), x_(room(gate_up.num_in)),
           both_(room(gate_up.num_out)), gated_(room(down.num_in)), out_(room(down.num_out)) {
         const size_t bytes = x_.size() / size_t(rows);
         for (int64_t row = 0; row < rows; ++row)
@@ -85,14 +73,14 @@ private:
         const void* weights = matrix.data + block * matrix.data_bytes;
         const void* scales = matrix.scales ? matrix.scales + block * matrix.scale_bytes : nullptr;
         void* out = at(to.data(), column, dtype_);
-        dr_grouped_linear(1, &rows_, &x, matrix.num_in, dtype_, &weights, w_dtype_, scales ? &scales : nullptr, &out,
+        dr_grouped_linear(1, &rows_, &x, matrix.num_in, dtype_, &weights, matrix.dtype, scales ? &scales : nullptr, &out,
                           matrix.num_out, dtype_, std::min(end * kPiece * kLanes, matrix.num_out) - column, matrix.num_in,
                           threads);
     }
 
     const PackedMatrix gate_up_, down_;
     const int64_t rows_;
-    const int32_t dtype_, w_dtype_;
+    const int32_t dtype_;
     std::vector<char> x_, both_, gated_, out_;
     std::atomic<int64_t> done_{0};
     std::atomic<bool> wanted_{false}, left_{false};
@@ -136,8 +124,8 @@ extern "C" {
 
 // Begin with x [rows, gate_up.num_in]. The result, and the weights, must stay until `dr_aside_is_left`.
 Mlp* dr_aside_begin(const void* x, int64_t stride, int32_t dtype, int64_t rows, const PackedMatrix* gate_up,
-                    const PackedMatrix* down, int32_t w_dtype) {
-    Mlp* work = new Mlp(x, stride, dtype, rows, *gate_up, *down, w_dtype);
+                    const PackedMatrix* down) {
+    Mlp* work = new Mlp(x, stride, dtype, rows, *gate_up, *down);
     Idler::shared().add(work);
     return work;
 }

@@ -110,10 +110,10 @@ int32_t dr_experts(const void* x, int64_t stride, int32_t dtype, const int64_t* 
 }
 
 // rows [tokens, slots, width], weights [tokens, slots] float32 -> out [tokens, width]: weighed and summed in slot order,
-// in float32, rounded once.
+// in float32, rounded once. Then each of `more` [tokens, width] is added, and each sum rounded.
 void dr_combine_slots(const void* rows, const float* weights, int64_t tokens, int64_t slots, int64_t width, int32_t dtype,
-                      void* out, int32_t threads) {
-    pool::run(tokens, tokens * slots * width > kSmallWork ? threads : 1, [&](int64_t t) {
+                      const void* const* more, int64_t num_more, void* out, int32_t threads) {
+    pool::run(tokens, tokens * (slots + num_more) * width > kSmallWork ? threads : 1, [&](int64_t t) {
         for (int64_t i = 0; i < width; i += kLanes) {
             Vec total = Vec::zero();
             for (int64_t k = 0; k < slots; ++k) {
@@ -121,7 +121,11 @@ void dr_combine_slots(const void* rows, const float* weights, int64_t tokens, in
                                      Vec::all(weights[t * slots + k]);
                 total = k ? total + weighted : weighted;
             }
-            store_some(total, at(out, t * width + i, dtype), width - i, dtype);
+            void* to = at(out, t * width + i, dtype);
+            store_some(total, to, width - i, dtype);
+            for (int64_t m = 0; m < num_more; ++m)
+                store_some(load_some(to, width - i, dtype) + load_some(at(more[m], t * width + i, dtype), width - i, dtype),
+                           to, width - i, dtype);
         }
     });
 }

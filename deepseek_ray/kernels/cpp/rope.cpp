@@ -1,8 +1,7 @@
 // What lies between the products of absorbed attention: rotation, and the places that latents and queries go to.
-//
-// Each call stands for a dozen small operations of torch, which cost a decode step more than their arithmetic.
 
 #include "norm.h"
+#include "operators.h"
 #include "pool.h"
 
 namespace {
@@ -47,18 +46,14 @@ void dr_write_latents(const void* kv, int64_t stride, int32_t dtype, int64_t tok
     });
 }
 
-// out [tokens, heads, rank + 2 * half] = (absorbed [tokens, heads, rank], rotation of the last 2 * half of query
-// [tokens, heads, width]), float32.
-void dr_turn_query(const float* absorbed, const float* query, int64_t tokens, int64_t heads, int64_t width, int64_t rank,
-                   int64_t half, const float* cosine, const float* sine, int32_t interleaved, float* out, int32_t threads) {
-    pool::run(tokens, tokens * heads * (rank + 2 * half) > kSmallWork ? threads : 1, [&](int64_t t) {
-        for (int64_t h = 0; h < heads; ++h) {
-            const int64_t row = t * heads + h;
-            float* to = out + row * (rank + 2 * half);
-            std::memcpy(to, absorbed + row * rank, size_t(rank) * 4);
+// The last 2 * half of each row of out [tokens, heads, rank + 2 * half] = rotation of the last 2 * half of query [tokens,
+// heads, width], float32.
+void dr_turn_queries(const float* query, int64_t tokens, int64_t heads, int64_t width, int64_t rank, int64_t half,
+                     const float* cosine, const float* sine, int32_t interleaved, float* out, int32_t threads) {
+    pool::run(tokens, tokens * heads * half > kSmallWork / 4 ? threads : 1, [&](int64_t t) {
+        for (int64_t row = t * heads; row < (t + 1) * heads; ++row)
             turn(query + (row + 1) * width - 2 * half, kFloat32, cosine + t * half, sine + t * half, half, interleaved,
-                 to + rank);
-        }
+                 out + row * (rank + 2 * half) + rank);
     });
 }
 

@@ -5,10 +5,12 @@ No operator of a decode step waits for the GPU, so that a step can be captured a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -43,8 +45,8 @@ class GpuKernels(FastKernels):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return row_operators.silu_mul(gate_up)
 
-    def combine_slots(self, rows: Tensor, weights: Tensor) -> Tensor:
-        return row_operators.combine_slots(rows, weights)
+    def combine_slots(self, rows: Tensor, weights: Tensor, more: Sequence[Tensor] = ()) -> Tensor:
+        return functools.reduce(torch.add, more, row_operators.combine_slots(rows, weights))
 
     def choose_experts(self, scores: Tensor, bias: Tensor | None, choice: Choice) -> tuple[Tensor, Tensor]:
         return gate.choose_experts(scores, bias, choice)

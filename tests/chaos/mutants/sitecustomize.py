@@ -61,10 +61,10 @@ def combine_in_arrival_order(module: ModuleType) -> None:
         return original(rows.gather(1, order.unsqueeze(-1).expand_as(rows)), weights.gather(1, order))
 
     module.RemoteExperts._take, module.RemoteExperts.dispatch = remember, begin
-    import deepseek_ray.models.paged_decoder as paged_decoder
+    import deepseek_ray.models.paged_layer as paged_layer
 
-    original = paged_decoder.combine_slots
-    paged_decoder.combine_slots = combine
+    original = paged_layer.combine_slots
+    paged_layer.combine_slots = combine
 
 
 def answer_for_an_expert_that_is_not_held(module: ModuleType) -> None:

@@ -101,9 +101,23 @@ class AttentionWeights(NamedTuple):
     softmax_scale: float
 
 
+class MoeWeights(NamedTuple):
+    """Of a mixture of experts, all but the routed ones."""
+
+    gate: PackedWeight
+    """float32."""
+    kind: ScoreKind
+    bias: Tensor | None
+    choice: Choice
+    shared: tuple[PackedWeight, PackedWeight] | None
+    """`gate_up` and `down` of the shared experts, if there are any."""
+
+
 AttentionOperator = Callable[[Tensor, Step, Tensor], tuple[Tensor, Tensor]]
 """(hidden [T, H], step, latents [slots, R + P]) -> the hidden state after attention, and its norm, both [T, H]. The
 latents of the step's tokens are written first."""
+MoeOperator = Callable[[Tensor, Tensor, Any], Tensor | None]
+"""(hidden [T, H], its norm, an `expert_table`) -> hidden + what all experts make of the norm; None: one is not here."""
 
 
 class Place(NamedTuple):
@@ -188,8 +202,8 @@ class Kernels(ABC):
         return self.linear(self.silu_mul(self.linear(x, gate_up)), down)
 
     def mlp_aside(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Callable[[], Tensor] | None:
-        """`mlp` begun in the time that the cores have left; the result does the rest of it. x [T, K] has rows. None: these
-        kernels do not know how."""
+        """`mlp` begun in the time that the cores have left; the result does the rest of it. x [T, K] has rows. None:
+        these kernels do not know how."""
         return None
 
     @abstractmethod
@@ -205,6 +219,10 @@ class Kernels(ABC):
     def attention(self, weights: AttentionWeights) -> AttentionOperator | None:
         """All of a layer up to its feed-forward network, made once; None: it is to be composed of the operators here,
         which give the same bits."""
+        return None
+
+    def moe(self, weights: MoeWeights) -> MoeOperator | None:
+        """The rest of a layer whose routed experts are all in this process, made once; None: to be composed, too."""
         return None
 
     def route(
@@ -229,8 +247,8 @@ class Kernels(ABC):
         return None
 
     def combine_slots(self, rows: Tensor, weights: Tensor, more: Sequence[Tensor] = ()) -> Tensor | None:
-        """rows [T, K, H] weighed by weights [T, K] float32 and summed in slot order, in float32, rounded once. Then each
-        of `more` [T, H] is added, and each sum rounded."""
+        """rows [T, K, H] weighed by weights [T, K] float32 and summed in slot order, in float32, rounded once. Then
+        each of `more` [T, H] is added, and each sum rounded."""
         return None
 
     def expert_table(self, experts: Mapping[int, ExpertWeights], num_experts: int) -> Any | None:

@@ -8,11 +8,8 @@ from __future__ import annotations
 import ctypes
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek_ray.kernels.base import (
@@ -21,25 +18,26 @@ from deepseek_ray.kernels.base import (
     Choice,
     ExpertWeights,
     Kernels,
+    MoeOperator,
+    MoeWeights,
     PackedWeight,
     ScoreKind,
 )
 from deepseek_ray.kernels.native_attention import NativeAttention
 from deepseek_ray.kernels.native_layout import DTYPES, matrix_of
+from deepseek_ray.kernels.native_moe import ExpertTable, NativeMoe
 
 _LONG, _POINTER, _INT, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 _SIGNATURES = {
     "dr_attention": (_POINTER, _POINTER, _POINTER, _LONG, _INT, _POINTER, _POINTER, _POINTER, _INT),
+    "dr_moe": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _LONG, _POINTER, _INT),
     "dr_mlp": (_POINTER, _LONG, _INT, _LONG, _POINTER, _POINTER, _POINTER, _INT),
     "dr_route": (
         *(_POINTER, _LONG, _INT, _LONG, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _POINTER),
         *(_POINTER, _INT),
     ),
     "dr_combine_slots": (_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _LONG, _POINTER, _INT),
-    "dr_experts": (
-        *(_POINTER, _LONG, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER),
-        *(_POINTER, _INT, _POINTER, _INT),
-    ),
+    "dr_experts": (_POINTER, _LONG, _INT, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT),
 }
 
 
@@ -48,16 +46,7 @@ def declare(library: ctypes.CDLL) -> None:
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = None
-    library.dr_experts.restype = _INT
-
-
-class ExpertTable(NamedTuple):
-    """Where the weights of a layer's experts are."""
-
-    pointers: NDArray[np.uint64]
-    """[4, E]: data and scales of gate and up, then of down; 0 for what is not here."""
-    like: PackedWeight
-    """The down projection of one of them."""
+    library.dr_experts.restype = library.dr_moe.restype = _INT
 
 
 class NativeSteps(Kernels):
@@ -71,6 +60,9 @@ class NativeSteps(Kernels):
 
     def attention(self, weights: AttentionWeights) -> AttentionOperator:
         return NativeAttention(self._library, weights, lambda: self._threads)
+
+    def moe(self, weights: MoeWeights) -> MoeOperator:
+        return NativeMoe(self._library, weights, lambda: self._threads)
 
     def mlp(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
         assert x.stride(1) == 1 and x.shape[1] == gate_up.num_in and gate_up.num_out == 2 * down.num_in
@@ -108,22 +100,14 @@ class NativeSteps(Kernels):
     def expert_table(self, experts: Mapping[int, ExpertWeights], num_experts: int) -> ExpertTable | None:
         if not experts:
             return None
-        pointers = np.zeros((4, num_experts), dtype=np.uint64)
-        for id, own in experts.items():
-            for row, weight in ((0, own.gate_up), (2, own.down)):
-                pointers[row, id] = weight.data.data_ptr()
-                pointers[row + 1, id] = 0 if weight.scales is None else weight.scales.data_ptr()
-        return ExpertTable(pointers, next(iter(experts.values())).down)
+        return ExpertTable(experts, num_experts)
 
     def run_experts(self, table: ExpertTable, hidden: Tensor, token_rows: Tensor, ids: Tensor) -> Tensor | None:
         width, like = hidden.shape[1], table.like
         assert width == like.num_out and hidden.stride(1) == 1 and token_rows.is_contiguous() and ids.is_contiguous()
         out = torch.empty(len(ids), width, dtype=hidden.dtype)
-        row = table.pointers.strides[0]
-        first = table.pointers.ctypes.data
         is_here = self._library.dr_experts(
             *(hidden.data_ptr(), hidden.stride(0), DTYPES[hidden.dtype], token_rows.data_ptr(), ids.data_ptr()),
-            *(len(ids), width, like.num_in, table.pointers.shape[1], first, first + row, first + 2 * row),
-            *(first + 3 * row, DTYPES[like.data.dtype], out.data_ptr(), self._threads),
+            *(len(ids), table.reference, out.data_ptr(), self._threads),
         )
         return out if is_here else None

@@ -188,6 +188,11 @@ class ExpertStore:
         """The packed down projection of one expert, a view: whoever writes to it changes the expert."""
         return self._layers[layer].experts[expert].down.data
 
+    def table(self, layer: int) -> Any | None:
+        """See `Kernels.expert_table`; None as well when no expert of the layer is here."""
+        here = self._layers.get(layer)
+        return None if here is None else here.table
+
     def run(self, layer: int, hidden: Tensor, token_rows: Tensor, expert_ids: Tensor) -> Tensor | None:
         """One row per (token, expert) pair, in the order of the pairs, unweighted; None when an expert is not here.
 
@@ -226,6 +231,9 @@ class LocalExperts(ExpertBackend):
     def __init__(self, store: ExpertStore) -> None:
         self._store = store
         self.device = store.device
+
+    def table(self, layer: int, kernels: Kernels) -> Any | None:
+        return self._store.table(layer) if self._store.kernels is kernels else None
 
     def dispatch(self, layer: int, hidden: Tensor, expert_ids: Tensor, first_row: int = 0) -> Tensor:
         tokens, top_k = expert_ids.shape

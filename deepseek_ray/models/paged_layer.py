@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.config.model import ModelConfig
-from deepseek_ray.kernels.base import Step
+from deepseek_ray.kernels.base import MoeWeights, Step
 from deepseek_ray.models.decoder_weights import DecoderWeights
 from deepseek_ray.models.paged_attention import LatentAttention
 from deepseek_ray.nn.gate import choice_of, choose_experts
@@ -49,8 +49,8 @@ class Mlp:
 
     def __init__(self, prefix: str, weights: DecoderWeights) -> None:
         self._kernels = weights.kernels
-        self._gate_up = weights.linear(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
-        self._down = weights.linear(f"{prefix}.down_proj.weight")
+        gate_up = weights.linear(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+        self.weights = gate_up, weights.linear(f"{prefix}.down_proj.weight")
 
     def begin(self, hidden: Tensor, normed: Tensor, first_row: int) -> LayerEnd:
         """Of a layer without experts."""
@@ -59,10 +59,10 @@ class Mlp:
 
     def begin_aside(self, normed: Tensor) -> Callable[[], Tensor]:
         """`forward` with the time that the cores have left meanwhile."""
-        return self._kernels.mlp_aside(normed, self._gate_up, self._down) or (lambda: self.forward(normed))
+        return self._kernels.mlp_aside(normed, *self.weights) or (lambda: self.forward(normed))
 
     def forward(self, normed: Tensor) -> Tensor:
-        return self._kernels.mlp(normed, self._gate_up, self._down)
+        return self._kernels.mlp(normed, *self.weights)
 
 
 class _Moe:
@@ -80,9 +80,15 @@ class _Moe:
         self._bias = weights.bias(f"{prefix}.gate.e_score_correction_bias")
         self._choice = choice_of(config)
         self._shared = Mlp(f"{prefix}.shared_experts", weights) if config.n_shared_experts else None
+        shared = self._shared.weights if self._shared else None
+        self._whole = self._kernels.moe(MoeWeights(self._gate, config.scoring_func, self._bias, self._choice, shared))
 
     def begin(self, hidden: Tensor, normed: Tensor, first_row: int) -> LayerEnd:
-        """Ask the experts."""
+        """Ask the experts; where they are here, compute all."""
+        if self._whole is not None and (table := self._experts.table(self._layer, self._kernels)) is not None:
+            output = self._whole(hidden, normed, table)
+            assert output is not None, f"experts of layer {self._layer} are gone"
+            return lambda: output
         expert_ids, slot_weights = self._route(normed)
         there = self._experts.device
         ticket = self._experts.dispatch(self._layer, moved(normed, there), moved(expert_ids, there), first_row)

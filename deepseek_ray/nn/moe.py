@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_ray.config.model import ModelConfig
+from deepseek_ray.kernels.base import Kernels
 from deepseek_ray.nn.experts import Experts
 from deepseek_ray.nn.gate import Gate, GateOutput
 from deepseek_ray.nn.mlp import MLP
@@ -32,6 +33,11 @@ class ExpertBackend(ABC):
         hidden: [T, H] in model dtype; expert_ids: [T, K] int64, ids of `layer`'s logical experts; first_row: place of
         the first of the rows in the step's batch, for errors that name one.
         """
+
+    def table(self, layer: int, kernels: Kernels) -> Any | None:
+        """What an operator of `kernels` finds all experts of a layer with (`Kernels.expert_table`), where they are in
+        this process and computed with those: then nobody dispatches them."""
+        return None
 
     def uses_our_cores(self, ticket: Any) -> bool:
         """Whether a ticket's experts are computed on this machine's cores: what is computed beside them takes the time

@@ -172,6 +172,27 @@ def test_bits_do_not_depend_on_micro_batches(tmp_path: Path, micro_batches: int)
             assert torch.equal(logits, expected)
 
 
+def dispatches_all(self: LocalExperts, layer: int, kernels: Kernels) -> None:
+    """Instead of `LocalExperts.table`: no operator computes a whole layer."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")]
+)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_a_whole_layer_is_what_dispatching_its_experts_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, quantization: Any, shared: int
+) -> None:
+    directory = write_random_checkpoint(tmp_path / "model", tiny_config(n_shared_experts=shared))
+    steps = [[(0, prompt(60, seed=1), 0), (1, prompt(9, seed=2), 0)], [(0, [7], 60), (1, [8], 9)]]
+    whole, dispatched = (Runner(make_decoder(directory, dtype, quantization=quantization), 2) for _ in range(2))
+    found = [whole.step(step) for step in steps]
+    monkeypatch.setattr(LocalExperts, "table", dispatches_all)
+    for step, logits in zip(steps, found, strict=True):
+        for one, expected in zip(dispatched.step(step), logits, strict=True):
+            assert torch.equal(one, expected)
+
+
 def test_a_micro_batch_is_with_the_experts_while_another_one_is_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +209,7 @@ def test_a_micro_batch_is_with_the_experts_while_another_one_is_here(
         told.append("take")
         return combine(self, ticket)
 
+    monkeypatch.setattr(LocalExperts, "table", dispatches_all)
     monkeypatch.setattr(LocalExperts, "dispatch", tell_dispatch)
     monkeypatch.setattr(LocalExperts, "combine", tell_combine)
     Runner(decoder, 1).step([(0, prompt(5), 0)])
@@ -231,6 +253,7 @@ def test_shared_experts_do_not_take_the_cores_from_routed_ones(
         return begin_aside(self, hidden)
 
     monkeypatch.setattr(paged_layer.Mlp, "begin_aside", begin_and_tell)
+    monkeypatch.setattr(LocalExperts, "table", dispatches_all)
     monkeypatch.setattr(LocalExperts, "uses_our_cores", lambda self, ticket: ours)
     monkeypatch.setattr(LocalExperts, "combine", combine_and_tell)
     monkeypatch.setattr(paged_layer.Mlp, "forward", forward_and_tell)

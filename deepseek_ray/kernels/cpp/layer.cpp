@@ -19,6 +19,16 @@ struct AttentionWeights {
     float eps, latent_eps, softmax_scale;
 };
 
+// A mixture of experts, all but the routed ones; the numbers are as in dr_scores and dr_choose_experts. There may be no
+// shared experts.
+struct MoeWeights {
+    PackedMatrix gate, shared_gate_up, shared_down;
+    const float* bias;
+    int64_t top_k, groups, best_groups;
+    int32_t two, normalised, kind;
+    float factor;
+};
+
 // Where the tokens of a step are: `kernels/base.Step`.
 struct Step {
     const float *cosine, *sine;
@@ -184,6 +194,30 @@ void dr_route(const void* x, int64_t stride, int32_t dtype, int64_t tokens, cons
     dr_scores(scores.floats(), tokens, scores.width, kind);
     dr_choose_experts(scores.floats(), bias, tokens, scores.width, top_k, groups, best_groups, two, normalised, factor, ids,
                       weights);
+}
+
+// out = x + what all experts make of normed, both [tokens, hidden]. If a routed expert is not here, nothing is computed,
+// and the result is 0.
+int32_t dr_moe(const MoeWeights* own, const ExpertTable* table, const void* x, const void* normed, int32_t dtype,
+               int64_t tokens, void* out, int32_t threads) {
+    const Maker make{tokens, threads};
+    const int64_t top_k = own->top_k, pairs = tokens * top_k;
+    std::vector<int64_t> ids(pairs), token_rows(pairs);
+    std::vector<float> weights(pairs);
+    dr_route(normed, table->hidden, dtype, tokens, &own->gate, own->kind, own->bias, top_k, own->groups, own->best_groups,
+             own->two, own->normalised, own->factor, ids.data(), weights.data(), threads);
+    for (int64_t p = 0; p < pairs; ++p) token_rows[p] = p / top_k;
+    const Rows rows = make.rows(top_k * table->hidden, dtype);
+    if (!dr_experts(normed, table->hidden, dtype, token_rows.data(), ids.data(), pairs, table, rows.data(), threads))
+        return 0;
+    const bool has_shared = own->shared_down.data;
+    const Rows shared = make.rows(has_shared ? table->hidden : 0, dtype);
+    if (has_shared)
+        dr_mlp(normed, table->hidden, dtype, tokens, &own->shared_gate_up, &own->shared_down, shared.data(), threads);
+    const void* more[] = {has_shared ? shared.data() : x, x};
+    dr_combine_slots(rows.data(), weights.data(), tokens, top_k, table->hidden, dtype, more, has_shared ? 2 : 1, out,
+                     threads);
+    return 1;
 }
 
 }  // extern "C"

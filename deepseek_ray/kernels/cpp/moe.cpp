@@ -60,25 +60,24 @@ void dr_choose_experts(const float* scores, const float* bias, int64_t tokens, i
     }
 }
 
-// out [pairs, hidden]: down(silu(gate x) * up x) of hidden row token_rows[p] with expert ids[p]. The pointers are of each
-// expert of the layer, null where it is not here: then nothing is computed, and the result is 0.
+// out [pairs, hidden]: down(silu(gate x) * up x) of row token_rows[p] of x with expert ids[p]. If one of them is not here,
+// nothing is computed, and the result is 0.
 int32_t dr_experts(const void* x, int64_t stride, int32_t dtype, const int64_t* token_rows, const int64_t* ids,
-                   int64_t pairs, int64_t hidden, int64_t width, int64_t num_experts, const void* const* gate_up,
-                   const void* const* gate_up_scales, const void* const* down, const void* const* down_scales,
-                   int32_t w_dtype, void* out, int32_t threads) {
+                   int64_t pairs, const ExpertTable* table, void* out, int32_t threads) {
+    const int64_t num_experts = table->num_experts, hidden = table->hidden, width = table->width;
     std::vector<int64_t> place(num_experts + 1, 0), order(pairs), rows;
     for (int64_t p = 0; p < pairs; ++p) {
-        if (ids[p] < 0 || ids[p] >= num_experts || !gate_up[ids[p]]) return 0;
+        if (ids[p] < 0 || ids[p] >= num_experts || !table->gate_up[ids[p]]) return 0;
         ++place[ids[p] + 1];
     }
     std::vector<const void*> first, second, first_scales, second_scales;
     for (int64_t e = 0; e < num_experts; ++e)
         if (place[e + 1]) {
             rows.push_back(place[e + 1]);
-            first.push_back(gate_up[e]);
-            second.push_back(down[e]);
-            first_scales.push_back(gate_up_scales[e]);
-            second_scales.push_back(down_scales[e]);
+            first.push_back(table->gate_up[e]);
+            second.push_back(table->down[e]);
+            first_scales.push_back(table->gate_up_scales[e]);
+            second_scales.push_back(table->down_scales[e]);
         }
     std::partial_sum(place.begin(), place.end(), place.begin());
     for (int64_t p = 0; p < pairs; ++p) order[place[ids[p]]++] = p;
@@ -98,7 +97,7 @@ int32_t dr_experts(const void* x, int64_t stride, int32_t dtype, const int64_t* 
             ends.push_back(at(to, row * num_out, dtype));
             row += count;
         }
-        dr_grouped_linear(int64_t(rows.size()), rows.data(), starts.data(), num_in, dtype, weights.data(), w_dtype,
+        dr_grouped_linear(int64_t(rows.size()), rows.data(), starts.data(), num_in, dtype, weights.data(), table->dtype,
                           scales[0] ? scales.data() : nullptr, ends.data(), num_out, dtype, num_out, num_in, threads);
     };
     product(sorted.get(), hidden, first, first_scales, both.get(), 2 * width);

@@ -15,6 +15,17 @@ struct PackedMatrix {
     int32_t dtype;
 };
 
+// Where the weights of a layer's experts are, [num_experts] each: null where an expert is not here, and scales unless its
+// weights are integers.
+struct ExpertTable {
+    const void* const* gate_up;
+    const void* const* gate_up_scales;
+    const void* const* down;
+    const void* const* down_scales;
+    int64_t num_experts, hidden, width;
+    int32_t dtype;
+};
+
 // linear.cpp
 void dr_grouped_linear(int64_t groups, const int64_t* rows, const void* const* x, int64_t x_stride, int32_t x_dtype,
                        const void* const* weights, int32_t w_dtype, const void* const* scales, void* const* out,
@@ -39,5 +50,9 @@ void dr_latent_attention(const float* query, const void* cache, int32_t cache_dt
 void dr_choose_experts(const float* scores, const float* bias, int64_t tokens, int64_t num_experts, int64_t top_k,
                        int64_t groups, int64_t best_groups, int32_t two, int32_t normalised, float factor, int64_t* ids,
                        float* weights);
+int32_t dr_experts(const void* x, int64_t stride, int32_t dtype, const int64_t* token_rows, const int64_t* ids,
+                   int64_t pairs, const ExpertTable* table, void* out, int32_t threads);
+void dr_combine_slots(const void* rows, const float* weights, int64_t tokens, int64_t slots, int64_t width, int32_t dtype,
+                      const void* const* more, int64_t num_more, void* out, int32_t threads);
 
 }  // extern "C"

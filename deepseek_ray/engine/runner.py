@@ -119,28 +119,27 @@ class DraftingRunner(Runner):
 def make_batch(step: ScheduledStep, block_size: int) -> PagedBatch:
     """Lay the step's tokens out flat, sequence after sequence, see `PagedBatch`."""
     token_ids: list[int] = []
-    positions, slots, rows, logit_rows = [], [], [], []
+    logit_rows: list[int] = []
     tables = np.zeros((len(step.items), max(len(item.sequence.block_table) for item in step.items)), dtype=np.int32)
     for row, item in enumerate(step.items):
-        end = item.start + item.num_rows
-        place = np.arange(item.start, end, dtype=np.int64)
-        table = tables[row]
-        table[: len(item.sequence.block_table)] = item.sequence.block_table
+        tables[row, : len(item.sequence.block_table)] = item.sequence.block_table
+        first = len(token_ids) - item.start
         token_ids += item.sequence.token_ids[item.start : item.start + item.num_tokens]
         token_ids += item.draft_token_ids
-        positions.append(place)
-        slots.append(table[place // block_size].astype(np.int64) * block_size + place % block_size)
-        rows.append(np.full(item.num_rows, row, dtype=np.int32))
-        first = len(token_ids) - item.num_rows - item.start
         logit_rows += [first + scored for scored in item.scored]
         if item.samples:
             logit_rows += range(len(token_ids) - 1 - len(item.draft_token_ids), len(token_ids))
+    counts = [item.num_rows for item in step.items]
+    rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    ends = np.cumsum(counts)
+    positions = np.arange(len(token_ids)) + (np.array([item.start for item in step.items]) + counts - ends)[rows]
+    blocks, offsets = np.divmod(positions, block_size)
 
     return PagedBatch(
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        slots=torch.from_numpy(np.concatenate(slots)),
-        sequence_rows=torch.from_numpy(np.concatenate(rows)),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(tables[rows, blocks].astype(np.int64) * block_size + offsets),
+        sequence_rows=torch.from_numpy(rows),
         block_tables=torch.from_numpy(tables),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
     )

@@ -86,9 +86,9 @@ class _Moe:
     def begin(self, hidden: Tensor, normed: Tensor, first_row: int) -> LayerEnd:
         """Ask the experts; where they are here, compute all."""
         if self._whole is not None and (table := self._experts.table(self._layer, self._kernels)) is not None:
-            output = self._whole(hidden, normed, table)
-            assert output is not None, f"experts of layer {self._layer} are gone"
-            return lambda: output
+            whole = self._whole(hidden, normed, table)
+            assert whole is not None, f"experts of layer {self._layer} are gone"
+            return lambda: whole
         expert_ids, slot_weights = self._route(normed)
         there = self._experts.device
         ticket = self._experts.dispatch(self._layer, moved(normed, there), moved(expert_ids, there), first_row)

@@ -27,6 +27,7 @@ from deepseek_ray.engine.engine import Engine
 from deepseek_ray.engine.offline import tokenizer_beside
 from deepseek_ray.engine.stats import EngineStats
 from deepseek_ray.errors import RequestError
+from deepseek_ray.kernels.quantize import bytes_per_weight
 from deepseek_ray.kernels.select import select_kernels, usable_device
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.connect import connect, listen
@@ -75,6 +76,7 @@ class AttentionWorker:
             hedge_after_seconds=self._config.hedge_after_seconds,
             node_with_our_cores=self._member.node_id if on_cores else None,
             device="cuda" if by_tensor else "cpu",
+            weight_bytes=bytes_per_weight(self._config.quantization, getattr(torch, self._config.dtype)),
         )
         exporter = MetricsExporter(model_name=self._record.description.served_model_name, engine=str(id))
         export_every_second(WorkerMetrics(exporter, self._experts, self._stats, self._copy_counts).collect)

@@ -24,7 +24,7 @@ from deepseek_ray.actors.shard_links import ShardLinks
 from deepseek_ray.control.patience import Patience
 from deepseek_ray.control.reports import ShardAddress
 from deepseek_ray.errors import ExpertsCrashedError, LinkClosedError, LinkError, LinkLostError, UnavailableError
-from deepseek_ray.expert_parallel.dispatch import ShardCall
+from deepseek_ray.expert_parallel.dispatch import ShardCall, reading_cost
 from deepseek_ray.kernels.pairs import default_pairs
 from deepseek_ray.links.base import Link
 from deepseek_ray.links.frame import Frame, FrameKind
@@ -98,9 +98,12 @@ class RemoteExperts(ExpertBackend):
         hedge_after_seconds: float = 0.3,
         node_with_our_cores: str | None = None,
         device: torch.device | str = "cpu",
+        weight_bytes: float = 2.0,
     ) -> None:
         """`node_with_our_cores`: shards there compute on the cores that this process has; None if none does. `device`:
-        where the activations are, and are to be again; another one than the CPU pays where links take tensors."""
+        where the activations are, and are to be again; another one than the CPU pays where links take tensors. `weight_bytes`: of an expert's
+        weights, for each."""
+        self._reading = reading_cost(weight_bytes)
         self.device = torch.device(device)
         self._node_with_our_cores = node_with_our_cores
         self._directory = directory
@@ -141,7 +144,8 @@ class RemoteExperts(ExpertBackend):
         ticket = _Ticket(layer, first_row, hidden, expert_ids, counts, rows)
         with self._giving_up():
             self._open.append(ticket)
-            for call in self._pairs.plan(expert_ids, self._pairs.choose(routes, counts, self._links.avoided)):
+            shards = self._pairs.choose(routes, counts, self._links.avoided, self._reading)
+            for call in self._pairs.plan(expert_ids, shards):
                 self._send(ticket, _Pending(call, attempt=0))
         self.meter.dispatched(layer, counts, time.monotonic() - started)
         return ticket
@@ -227,7 +231,7 @@ class RemoteExperts(ExpertBackend):
 
     def _plan(self, ticket: _Ticket, places: Tensor, attempt: int, flags: int) -> None:
         routes = self._directory.routes(ticket.layer)
-        shards = self._pairs.choose(routes, ticket.counts, self._links.avoided | ticket.refused)
+        shards = self._pairs.choose(routes, ticket.counts, self._links.avoided | ticket.refused, self._reading)
         for call in self._pairs.plan(ticket.expert_ids, shards, places):
             self._send(ticket, _Pending(call, attempt, flags))
 

@@ -16,7 +16,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from deepseek_ray.expert_parallel.dispatch import READ_ROWS, LayerRoutes, ShardCall, plan_calls
+from deepseek_ray.expert_parallel.dispatch import LayerRoutes, ShardCall, plan_calls
 from deepseek_ray.kernels.native import NativeKernels, load_library
 from deepseek_ray.kernels.select import default_kernels
 
@@ -30,9 +30,9 @@ class Pairs:
         """[E] int64: how often each expert is in expert_ids [T, K] int64."""
         return expert_ids.flatten().bincount(minlength=num_experts)
 
-    def choose(self, routes: LayerRoutes, counts: Tensor, avoid: Collection[int]) -> Tensor:
+    def choose(self, routes: LayerRoutes, counts: Tensor, avoid: Collection[int], reading: int) -> Tensor:
         """See `LayerRoutes.choose`."""
-        return routes.choose(counts, avoid)
+        return routes.choose(counts, avoid, reading)
 
     def plan(self, expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:
         """See `plan_calls`."""
@@ -72,13 +72,13 @@ class NativePairs(Pairs):
         self._count(expert_ids.data_ptr(), expert_ids.numel(), counts.data_ptr(), num_experts)
         return counts
 
-    def choose(self, routes: LayerRoutes, counts: Tensor, avoid: Collection[int]) -> Tensor:
+    def choose(self, routes: LayerRoutes, counts: Tensor, avoid: Collection[int], reading: int) -> Tensor:
         if routes.is_given:
             return routes.first
         chosen = torch.empty_like(routes.first)
         avoided = torch.tensor(list(avoid), dtype=torch.int64)
         pointers = (part.data_ptr() for part in (routes.first, routes.starts, routes.shards, avoided))
-        self._choose(counts.data_ptr(), len(counts), *pointers, len(avoided), READ_ROWS, chosen.data_ptr())
+        self._choose(counts.data_ptr(), len(counts), *pointers, len(avoided), reading, chosen.data_ptr())
         return chosen
 
     def plan(self, expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:

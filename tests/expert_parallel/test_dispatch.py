@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_ray.errors import DeploymentError
-from deepseek_ray.expert_parallel.dispatch import LayerRoutes, plan_calls
+from deepseek_ray.expert_parallel.dispatch import LayerRoutes, expert_cost, plan_calls, reading_cost
 from deepseek_ray.expert_parallel.placement import contiguous_placement, experts_of_shard
 
 
@@ -60,10 +60,20 @@ def test_more_shards_than_experts_is_refused() -> None:
 
 
 def test_replicas_share_the_experts_of_a_call_by_size() -> None:
-    # Expert 0 is on shard 0 alone with 5 tokens. Experts 1, 2, 3 are on both shards with 4, 3 and 2: largest first,
-    # 1 -> shard 1 (0 < 5), 2 -> shard 1 (4 < 5), 3 -> shard 0 (5 < 7). Expert 4 has no tokens: its first replica.
+    # Expert 0 is on shard 0 alone with 5 tokens, which cost 20. Experts 1, 2, 3 are on both shards with 4, 3 and 2, which
+    # cost 16, 12 and 10 (reading is 8). Largest first: 1 -> shard 1 (0 < 20), 2 -> shard 1 (16 < 20), 3 -> shard 0
+    # (20 < 28). Expert 4 has no tokens: its first replica.
     routes = LayerRoutes([(0,), (0, 1), (0, 1), (0, 1), (0, 1)])
-    assert routes.choose(torch.tensor([5, 4, 3, 2, 0])).tolist() == [0, 1, 1, 0, 0]
+    assert routes.choose(torch.tensor([5, 4, 3, 2, 0]), reading=8).tolist() == [0, 1, 1, 0, 0]
+
+
+def test_few_tokens_cost_what_reading_the_weights_does() -> None:
+    """The more bytes a weight has, the more tokens it takes until their products take longer."""
+    assert [expert_cost(tokens, reading_cost(2.0)) for tokens in (1, 6, 7, 8, 16)] == [21, 26, 28, 32, 64]
+    assert [expert_cost(tokens, reading_cost(0.53)) for tokens in (1, 2, 16)] == [6, 8, 64]
+    # One expert with 6 tokens takes as long as one with a single token and a bit, so 3 and 3 of them are a fair share.
+    routes = LayerRoutes([(0, 1)] * 6)
+    assert sorted(routes.choose(torch.tensor([6, 6, 1, 1, 1, 1])).tolist()) == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_shard_is_avoided_where_another_has_the_expert() -> None:

@@ -49,12 +49,13 @@ def test_the_choice_is_that_of_the_reference(native: NativePairs, seed: int, avo
     replicas = [tuple(choose.sample([9, 4, 1, 6], choose.choice([1, 2, 2, 3]))) for _ in range(30)]
     routes = LayerRoutes(replicas)
     counts = torch.tensor([choose.choice([0, 0, 1, 1, 5, 30]) for _ in range(30)])
-    assert native.choose(routes, counts, avoid).tolist() == routes.choose(counts, avoid).tolist()
+    for reading in (0, 5, 20):
+        assert native.choose(routes, counts, avoid, reading).tolist() == routes.choose(counts, avoid, reading).tolist()
 
 
 def test_without_a_choice_there_is_none(native: NativePairs) -> None:
     routes = LayerRoutes([(3,), (1,)])
-    assert native.choose(routes, torch.tensor([0, 2]), {1}) is routes.first
+    assert native.choose(routes, torch.tensor([0, 2]), {1}, 20) is routes.first
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])

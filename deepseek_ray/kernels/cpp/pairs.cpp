@@ -32,7 +32,7 @@ void dr_count_experts(const int64_t* ids, int64_t n, int64_t* counts, int64_t ex
 // [experts + 1] into shards, where the replicas of each expert stand, ascending. Largest cost first, each on the shard
 // that has least to do so far; one that is to be avoided only where there is no other.
 void dr_choose_shards(const int64_t* counts, int64_t experts, const int64_t* first, const int64_t* starts,
-                      const int64_t* shards, const int64_t* avoid, int64_t num_avoided, int64_t read_rows,
+                      const int64_t* shards, const int64_t* avoid, int64_t num_avoided, int64_t reading,
                       int64_t* chosen) {
     std::vector<int64_t> known(shards, shards + starts[experts]);
     std::sort(known.begin(), known.end());
@@ -48,7 +48,7 @@ void dr_choose_shards(const int64_t* counts, int64_t experts, const int64_t* fir
     for (int64_t expert = 0; expert < experts; ++expert) {
         chosen[expert] = first[expert];
         if (!counts[expert]) continue;
-        const int64_t cost = read_rows + counts[expert];
+        const int64_t cost = std::max(reading + counts[expert], 4 * counts[expert]);  // expert_parallel/dispatch.expert_cost
         if (starts[expert + 1] - starts[expert] == 1) work(first[expert]) += cost;
         else present.emplace_back(-cost, expert);
     }

@@ -101,8 +101,8 @@ class RemoteExperts(ExpertBackend):
         weight_bytes: float = 2.0,
     ) -> None:
         """`node_with_our_cores`: shards there compute on the cores that this process has; None if none does. `device`:
-        where the activations are, and are to be again; another one than the CPU pays where links take tensors. `weight_bytes`: of an expert's
-        weights, for each."""
+        where the activations are, and are to be again; another one than the CPU pays where links take tensors.
+        `weight_bytes`: of each weight of an expert."""
         self._reading = reading_cost(weight_bytes)
         self.device = torch.device(device)
         self._node_with_our_cores = node_with_our_cores

@@ -72,9 +72,9 @@ class LayerRoutes:
     def choose(self, counts: Tensor, avoid: Collection[int] = (), reading: int = 2 * READING) -> Tensor:
         """[experts] int64: the shard to ask for each expert this time.
 
-        counts: [experts] int64, tokens of each expert in this call; reading: see `expert_cost`. All tokens of an expert go to one replica, since
-        two would both read its weights. Experts with several replicas are placed by cost, largest first, on the shard
-        that has least to do so far (LPT); shards in `avoid` only where there is no other.
+        counts: [experts] int64, tokens of each expert in this call; reading: see `expert_cost`. All tokens of an expert
+        go to one replica, since two would both read its weights. Experts with several replicas are placed by cost,
+        largest first, on the shard that has least to do so far (LPT); shards in `avoid` only where there is no other.
         """
         if self.is_given:
             return self.first

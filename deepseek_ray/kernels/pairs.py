@@ -76,9 +76,9 @@ class NativePairs(Pairs):
         if routes.is_given:
             return routes.first
         chosen = torch.empty_like(routes.first)
-        avoided = torch.tensor(list(avoid), dtype=torch.int64)
-        pointers = (part.data_ptr() for part in (routes.first, routes.starts, routes.shards, avoided))
-        self._choose(counts.data_ptr(), len(counts), *pointers, len(avoided), reading, chosen.data_ptr())
+        avoided = (ctypes.c_int64 * len(avoid))(*avoid)
+        pointers = (part.data_ptr() for part in (routes.first, routes.starts, routes.shards))
+        self._choose(counts.data_ptr(), len(counts), *pointers, avoided, len(avoided), reading, chosen.data_ptr())
         return chosen
 
     def plan(self, expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:

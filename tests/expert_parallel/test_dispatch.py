@@ -60,9 +60,9 @@ def test_more_shards_than_experts_is_refused() -> None:
 
 
 def test_replicas_share_the_experts_of_a_call_by_size() -> None:
-    # Expert 0 is on shard 0 alone with 5 tokens, which cost 20. Experts 1, 2, 3 are on both shards with 4, 3 and 2, which
-    # cost 16, 12 and 10 (reading is 8). Largest first: 1 -> shard 1 (0 < 20), 2 -> shard 1 (16 < 20), 3 -> shard 0
-    # (20 < 28). Expert 4 has no tokens: its first replica.
+    # Expert 0 is on shard 0 alone with 5 tokens, which cost 20. Experts 1, 2, 3 are on both shards with 4, 3 and 2,
+    # which cost 16, 12 and 10 (reading is 8). Largest first: 1 -> shard 1 (0 < 20), 2 -> shard 1 (16 < 20),
+    # 3 -> shard 0 (20 < 28). Expert 4 has no tokens: its first replica.
     routes = LayerRoutes([(0,), (0, 1), (0, 1), (0, 1), (0, 1)])
     assert routes.choose(torch.tensor([5, 4, 3, 2, 0]), reading=8).tolist() == [0, 1, 1, 0, 0]
 

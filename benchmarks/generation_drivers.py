@@ -93,7 +93,7 @@ def local_config(model_dir: str, threads: int) -> DeploymentConfig:
 
 def actors_config(model_dir: str, threads: int) -> DeploymentConfig:
     """Two shards that hold all experts: on one node they share the memory of the packed files."""
-    return local_config(model_dir, threads).model_copy(update={"expert_replicas": 2, "pin_shards": True})
+    return local_config(model_dir, threads).model_copy(update={"expert_replicas": 2})
 
 
 def measure_backend(backend: OfflineBackend) -> Measure:

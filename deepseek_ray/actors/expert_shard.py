@@ -15,7 +15,6 @@ from deepseek_ray.actors.member import Member
 from deepseek_ray.actors.member_memory import memory_bytes
 from deepseek_ray.actors.member_metrics import export_shard
 from deepseek_ray.actors.metrics_export import MetricsExporter, export_every_second
-from deepseek_ray.actors.own_cores import settle
 from deepseek_ray.actors.record import require_record
 from deepseek_ray.actors.tensor_link import place_of
 from deepseek_ray.control.reports import Directive, MemberReport, MemberState
@@ -39,8 +38,6 @@ class ExpertShard:
         record = require_record(deployment)
         config = record.config
         device = usable_device(config.expert_device)
-        if config.pin_shards and device.type == "cpu":
-            settle(threads)
         reader = CheckpointReader(Path(config.model_dir))
         self._member = Member(record, "expert_shard", id, self._report, self._obey)
         self._listener = listen(

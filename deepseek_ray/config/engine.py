@@ -139,9 +139,6 @@ class DeploymentConfig(FrozenConfig):
     """Attention workers and expert shards ask Ray for as many CPUs as they have threads: its autoscaler starts nodes
     for them, and nothing else is put on their cores. Off, they fit on what is left after a loss, and beside training.
     """
-    pin_shards: bool = False
-    """Each expert shard on a CPU has cores of its own, as many as its threads, for as long as its host has some left, and
-    lets attention workers go first; faster by some percent on hosts that do nothing else."""
     transport: Literal["auto", "shared_memory", "tcp"] = "auto"
     """How frames travel; auto is shared memory on one node and TCP between nodes, and NCCL for activations that go from
     one GPU to another."""

@@ -2,14 +2,15 @@
 
     python -m benchmarks.step_profile [--threads 2]
 
-In one process: milliseconds of each operator in a step and how fast it reads its weights, beside reading memory with
-torch; what is left is Python and torch between the operators. Through actors (1 attention worker, 2 shards that hold
+In one process: milliseconds of each part of a step and how fast it reads its weights, beside reading memory with torch;
+what is left is Python and torch between the parts. Through actors (1 attention worker, 2 shards that hold
 all experts): the step, what the shards compute of it, and what the worker waits for them beyond that.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections import defaultdict
@@ -24,13 +25,13 @@ from benchmarks.results_file import write_results
 from benchmarks.roofline import probe
 from deepseek_ray.actors.offline import ActorsBackend
 from deepseek_ray.engine.offline import LocalBackend
+from deepseek_ray.kernels.base import PackedWeight
+from deepseek_ray.kernels.native import NativeKernels
+from deepseek_ray.kernels.native_attention import NativeAttention
+from deepseek_ray.kernels.native_moe import ExpertTable, NativeMoe
 from deepseek_ray.kernels.select import default_kernels
 
 SEQUENCES = (1, 8, 32)
-_OPERATORS = (
-    *("linear", "per_head_linear", "run_experts", "latent_attention", "rms_norm", "silu_mul", "scores", "draw"),
-    *("write_latents", "turn_query", "choose_experts", "combine_slots"),
-)
 _PROMPT, _TOKENS = 16, 24
 _REPORT_SECONDS = 1.2
 """Members report twice a second."""
@@ -70,24 +71,31 @@ def _local(threads: int) -> list[dict[str, Any]]:
 
 
 class _Clock:
-    """Times every operator of the C++ kernels in this process, and counts the bytes of weights it reads."""
+    """Times the operators of the C++ kernels in this process, and counts the bytes of weights that each reads."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
-        kernels = default_kernels()
-        for name in _OPERATORS:
-            setattr(kernels, name, self._timed(name, getattr(kernels, name)))
+        self._calls: dict[str, list[tuple[float, Callable[[], int]]]] = defaultdict(list)
+        self._kernels = default_kernels()
+        for owner, name, part, size in (
+            (NativeAttention, "__call__", "attention", _attention_bytes),
+            (NativeMoe, "__call__", "moe", self._moe_bytes),
+            (NativeKernels, "mlp", "dense network", lambda _, x, *weights: sum(weight.nbytes for weight in weights)),
+            (NativeKernels, "linear", "head", lambda _, x, weight, dtype: weight.nbytes),
+            (NativeKernels, "rms_norm", "last norm", lambda *_: 0),
+            (NativeKernels, "draw", "draw", lambda *_: 0),
+        ):
+            setattr(owner, name, self._timed(part, getattr(owner, name), size))
 
     def start(self) -> None:
-        self._seconds.clear()
+        self._calls.clear()
 
     def per_step(self, steps: int) -> dict[str, dict[str, float]]:
         """Of the last `steps`: milliseconds, calls, gigabytes read per second. The prefill came before them."""
         found = {}
-        for name, calls in self._seconds.items():
+        for name, calls in self._calls.items():
             each = len(calls) // (steps + 1)  # as many calls in the prefill as in a step
             own = calls[-each * steps :]
-            seconds, num_bytes = sum(call[1] for call in own), sum(call[2] for call in own)
+            seconds, num_bytes = sum(call[0] for call in own), sum(size() for _, size in own)
             found[name] = {
                 "milliseconds": 1000 * seconds / steps,
                 "calls": len(own) / steps,
@@ -95,23 +103,26 @@ class _Clock:
             }
         return found
 
-    def _timed(self, name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, part: str, operator: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
             started = time.perf_counter()
             result = operator(*arguments)
-            self._seconds[name].append((started, time.perf_counter() - started, _weight_bytes(name, arguments)))
+            self._calls[part].append((time.perf_counter() - started, functools.partial(size, *arguments)))
             return result
 
         return timed
 
+    def _moe_bytes(self, moe: NativeMoe, hidden: torch.Tensor, normed: torch.Tensor, table: ExpertTable) -> int:
+        """Afterwards: the gate's choice is made again for it."""
+        own = moe.weights
+        chosen = self._kernels.route(normed, own.gate, own.kind, own.bias, own.choice)
+        assert chosen is not None
+        experts = 3 * table.like.nbytes * len(torch.unique(chosen[0]))  # gate and up are twice as large as down
+        return experts + sum(weight.nbytes for weight in (own.gate, *(own.shared or ())))
 
-def _weight_bytes(name: str, arguments: tuple[Any, ...]) -> int:
-    if name in ("linear", "per_head_linear"):
-        return arguments[1].nbytes
-    if name == "run_experts":
-        table, _, _, ids = arguments
-        return 3 * table.like.nbytes * len(torch.unique(ids))  # gate and up are twice as large as down
-    return 0
+
+def _attention_bytes(attention: NativeAttention, *_: Any) -> int:
+    return sum(part.nbytes for part in attention.weights if isinstance(part, PackedWeight))
 
 
 def _actors(threads: int) -> list[dict[str, Any]]:

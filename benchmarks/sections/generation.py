@@ -176,10 +176,11 @@ def startup_section(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-_GROUPS = {
-    "routed experts": ("run_experts",),
-    "other products": ("linear", "per_head_linear"),
-    "attention over latents": ("latent_attention",),
+_PARTS = {
+    "attention": "attention, its products and norms",
+    "moe": "mixtures of experts, gates included",
+    "dense network": "the dense layer's network",
+    "head": "output head",
 }
 
 
@@ -189,8 +190,9 @@ def step_profile_section(result: dict[str, Any]) -> str:
         "## Where the time of a decode step goes",
         "",
         f"bench-mini, bfloat16; {measured_on(result)}, {result['threads']} threads (`{result['file']}`). Of one "
-        "process the operators with how fast they read their weights (with more rows they multiply instead of waiting "
-        "for memory), beside reading memory with torch at that moment; of actors what the two shards compute of it.",
+        "process the operators, whole parts of a layer each, with how fast they read their weights (with more rows "
+        "they multiply instead of waiting for memory), beside reading memory with torch at that "
+        "moment; of actors what the two shards compute of it.",
         "",
         "| sequences | step, ms | of it | ms | GB/s |",
         "|---|---|---|---|---|",
@@ -203,14 +205,11 @@ def step_profile_section(result: dict[str, Any]) -> str:
             lines.append(f"| | | actors: attention, frames, waiting | {step - max(row['computed_by_shards']):.1f} | |")
             continue
         lines.append(f"{first} (reading memory) | | {row['read_gigabytes_per_second']:.1f} |")
-        named = {name for names in _GROUPS.values() for name in names}
-        groups = _GROUPS | {"other operators": tuple(name for name in row["operators"] if name not in named)}
         left = step
-        for group, names in groups.items():
-            own = [row["operators"][name] for name in names if name in row["operators"]]
-            spent = sum(each["milliseconds"] for each in own)
-            read = sum(each["milliseconds"] * each["gigabytes_per_second"] for each in own) / spent if spent else 0.0
-            left -= spent
-            lines.append(f"| | | {group} | {spent:.1f} | {f'{read:.1f}' if read else ''} |")
+        for name, own in row["operators"].items():
+            left -= own["milliseconds"]
+            read = own["gigabytes_per_second"]
+            told = f"{own['milliseconds']:.1f} | {f'{read:.1f}' if read else ''}"
+            lines.append(f"| | | {_PARTS.get(name, name)} | {told} |")
         lines.append(f"| | | Python and torch in between | {max(0.0, left):.1f} | |")
     return "\n".join([*lines, ""])

@@ -60,7 +60,8 @@ class NativeAttention:
         assert all(vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()) for vector in vectors)
         matrices = [getattr(weights, name) for name in _MATRICES]
         self._library = library
-        self._weights = weights  # kept alive
+        self.weights = weights
+        """Kept alive: C++ knows where they are."""
         self._threads = threads
         self._places = _AttentionPlaces(
             *(None if vector is None else vector.data_ptr() for vector in vectors),
@@ -70,8 +71,8 @@ class NativeAttention:
 
     def __call__(self, hidden: Tensor, step: Step, latents: Tensor) -> tuple[Tensor, Tensor]:
         tokens, width = hidden.shape
-        rank, half = self._weights.w_uk.num_out, step.rotation.cos.shape[1]
-        assert hidden.stride(1) == 1 and hidden.dtype == latents.dtype and width == self._weights.o.num_out
+        rank, half = self.weights.w_uk.num_out, step.rotation.cos.shape[1]
+        assert hidden.stride(1) == 1 and hidden.dtype == latents.dtype and width == self.weights.o.num_out
         assert latents.is_contiguous() and latents.shape[1] == rank + 2 * half and step.rotation.cos.shape[0] == tokens
         total, normed = torch.empty(tokens, width, dtype=hidden.dtype), torch.empty(tokens, width, dtype=hidden.dtype)
         self._library.dr_attention(

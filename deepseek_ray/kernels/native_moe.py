@@ -59,7 +59,8 @@ class NativeMoe:
         shared = [PackedMatrix.of(weight) for weight in weights.shared] if weights.shared else [PackedMatrix()] * 2
         choice = weights.choice
         self._library = library
-        self._weights = weights  # kept alive
+        self.weights = weights
+        """Kept alive: C++ knows where they are."""
         self._threads = threads
         self._places = _MoePlaces(
             *(PackedMatrix.of(weights.gate), *shared, None if weights.bias is None else weights.bias.data_ptr()),

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from deepseek_ray.actors.launch import create_router, end_deployment
+from deepseek_ray.actors.launch import create_members, create_router, end_deployment
 from deepseek_ray.actors.lease import Lease
 from deepseek_ray.actors.record import (
     DeploymentDescription,
@@ -24,7 +24,7 @@ from deepseek_ray.actors.record import (
     require_record,
 )
 from deepseek_ray.config.engine import DeploymentConfig
-from deepseek_ray.control.plan import initial_plan
+from deepseek_ray.control.plan import initial_members, initial_plan
 from deepseek_ray.control.rollout import engine_change
 from deepseek_ray.errors import DeepSeekRayError, DeploymentError
 
@@ -99,6 +99,7 @@ def start_deployment(
     _claim_name(record)
     try:
         create_router(config)
+        create_members(record.config, initial_members(config))  # which the router would, once it has started
         deployment = Deployment(record)
     except BaseException:
         end_deployment(record)

@@ -133,7 +133,7 @@ class RemoteExperts(ExpertBackend):
         tokens, top_k = expert_ids.shape
         routes = self._directory.routes(layer)
         expert_ids = expert_ids.cpu().contiguous()
-        counts = self._pairs.count(expert_ids, len(routes.first))
+        counts, calls = self._pairs.divide(expert_ids, routes, self._links.avoided, self._reading)
         rows = torch.empty(
             tokens * top_k,
             hidden.shape[1],
@@ -144,8 +144,7 @@ class RemoteExperts(ExpertBackend):
         ticket = _Ticket(layer, first_row, hidden, expert_ids, counts, rows)
         with self._giving_up():
             self._open.append(ticket)
-            shards = self._pairs.choose(routes, counts, self._links.avoided, self._reading)
-            for call in self._pairs.plan(expert_ids, shards):
+            for call in calls:
                 self._send(ticket, _Pending(call, attempt=0))
         self.meter.dispatched(layer, counts, time.monotonic() - started)
         return ticket

@@ -15,7 +15,7 @@ import ray
 from deepseek_ray.actors.record import NAMESPACE, DeploymentRecord, actor_name, delete_record, read_plan
 from deepseek_ray.actors.shells import AttentionWorkerActor, ExpertShardActor
 from deepseek_ray.config.engine import DeploymentConfig
-from deepseek_ray.control.plan import Role
+from deepseek_ray.control.plan import Role, initial_members
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def create_router(config: DeploymentConfig) -> Any:
     head = next((node["NodeID"] for node in ray.nodes() if _HEAD_RESOURCE in node["Resources"]), None)
     place = on_node(head, {}) if head else {}
     arguments = (config.name,)
-    return _create(Router, config.name, "router", 0, threads=1, arguments=arguments, max_concurrency=1000, **place)
+    return _create(Router, config.name, "router", 0, arguments=arguments, max_concurrency=1000, **place)
 
 
 def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]) -> dict[tuple[Role, int], Any]:
@@ -53,7 +53,6 @@ def create_members(config: DeploymentConfig, members: Iterable[tuple[Role, int]]
             config.name,
             role,
             id,
-            threads,
             arguments=(config.name, id, threads),
             num_cpus=threads if config.reserve_cpus else 0,
             num_gpus=member_gpus(config, role),
@@ -120,12 +119,13 @@ def end_deployment(
 ) -> None:
     """Remove the record, the Serve application that belongs to it, and every actor, the router last.
 
-    `members`: everybody but the router; None reads them from the deployment's plan.
+    `members`: everybody but the router; None reads them from the deployment's plan, or if its router has not come to
+    make one, takes those of the first.
     """
     name = record.description.name
     if members is None:
         plan = read_plan(record)
-        members = plan.members if plan else ()
+        members = plan.members if plan else initial_members(record.config)
     if delete:
         delete_record(name)
     if record.serve_application:
@@ -154,25 +154,18 @@ def _kill(name: str) -> None:
         logger.debug("%s is gone already", name)
 
 
-def _create(
-    cls: type, deployment: str, role: str, id: int, threads: int, arguments: tuple[Any, ...], **options: Any
-) -> Any:
+def _create(cls: type, deployment: str, role: str, id: int, arguments: tuple[Any, ...], **options: Any) -> Any:
     """A detached actor, or the one of this name that exists. Unless told otherwise it asks for no CPUs: on a small node
-    serving and training share the cores, and the thread counts below bound what each takes."""
+    serving and training share the cores, and their thread counts bound what each takes.
+
+    It has no environment of its own, for which Ray would start a process anew, and first the agent that makes it:
+    actors take processes that Ray has ready, and set their variables themselves (`shells.py`)."""
     actor: Any = ray.remote(cls).options(
         name=actor_name(deployment, role, id),
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
         max_restarts=-1,
-        runtime_env={"env_vars": _variables(threads)},
         **{"num_cpus": 0, **options},
     )
     return actor.remote(*arguments)
-
-
-def _variables(threads: int) -> dict[str, str]:
-    """Threads that wait must sleep: spinning ones take the cores of the process they wait for. And the death of a peer
-    is the link's matter: torch would end a process whose NCCL call has failed."""
-    waiting = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-    return {**waiting, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}

@@ -78,6 +78,12 @@ def initial_plan(moe_layers: Sequence[int], num_experts: int, config: Deployment
     )
 
 
+def initial_members(config: DeploymentConfig) -> list[tuple[Role, int]]:
+    """Those of `initial_plan`, without deciding where the experts of a large model go."""
+    workers: list[tuple[Role, int]] = [("attention_worker", id) for id in range(config.attention_workers)]
+    return workers + [("expert_shard", id) for id in range(config.expert_shards + config.standby_shards)]
+
+
 def with_placement(plan: Plan, placement: Placement) -> Plan:
     """`plan` itself when nothing moves."""
     return plan if placement == plan.placement else plan.changed(placement=placement)

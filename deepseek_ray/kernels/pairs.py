@@ -38,6 +38,13 @@ class Pairs:
         """See `plan_calls`."""
         return plan_calls(expert_ids, owners, places)
 
+    def divide(
+        self, expert_ids: Tensor, routes: LayerRoutes, avoid: Collection[int], reading: int
+    ) -> tuple[Tensor, list[ShardCall]]:
+        """The three at once: the counts, and a call for each shard that is chosen."""
+        counts = self.count(expert_ids, len(routes.first))
+        return counts, self.plan(expert_ids, self.choose(routes, counts, avoid, reading))
+
     def pick(self, x: Tensor, rows: Tensor) -> Tensor:
         """The rows `rows` [N] int64 of x [T, H] -> [N, H], contiguous."""
         return x[rows.to(x.device)].contiguous()
@@ -61,6 +68,9 @@ class NativePairs(Pairs):
         self._choose.restype = None
         self._plan = library.dr_plan_calls
         self._plan.argtypes, self._plan.restype = [pointer, long, pointer, pointer, long, *[pointer] * 6], long
+        self._divide = library.dr_divide_pairs
+        self._divide.argtypes = [pointer, *[long] * 3, *[pointer] * 4, long, long, *[pointer] * 7]
+        self._divide.restype = long
         self._pick = library.dr_pick_rows
         self._pick.argtypes, self._pick.restype = [pointer, long, pointer, long, long, ctypes.c_int32, pointer], None
         self._put = library.dr_put_rows
@@ -83,22 +93,22 @@ class NativePairs(Pairs):
 
     def plan(self, expert_ids: Tensor, owners: Tensor, places: Tensor | None = None) -> list[ShardCall]:
         assert expert_ids.is_contiguous() and (places is None or places.is_contiguous())
-        num = expert_ids.numel() if places is None else places.numel()
-        longs, indices = torch.empty(5, num, dtype=torch.int64), torch.empty(2 * num, dtype=torch.int32)
+        room = _CallRoom(expert_ids.numel() if places is None else places.numel())
         wanted = None if places is None else places.data_ptr()
-        ids, outputs = expert_ids.data_ptr(), [part.data_ptr() for part in longs]
-        num_calls = self._plan(ids, expert_ids.shape[1], owners.data_ptr(), wanted, num, *outputs, indices.data_ptr())
-        calls, start = [], 0
-        for shard, rows, pairs in longs[:3, :num_calls].T.tolist():
-            end, middle = start + pairs, 2 * start + pairs
-            token_rows = longs[3, start : start + rows]
-            calls.append(
-                ShardCall(
-                    shard, token_rows, indices[2 * start : middle], indices[middle : 2 * end], longs[4, start:end]
-                )
-            )
-            start = end
-        return calls
+        pointers = expert_ids.data_ptr(), expert_ids.shape[1], owners.data_ptr(), wanted
+        return room.calls(self._plan(*pointers, room.num_pairs, *room.pointers))
+
+    def divide(
+        self, expert_ids: Tensor, routes: LayerRoutes, avoid: Collection[int], reading: int
+    ) -> tuple[Tensor, list[ShardCall]]:
+        assert expert_ids.is_contiguous()
+        room, counts = _CallRoom(expert_ids.numel()), torch.empty(len(routes.first), dtype=torch.int64)
+        num_calls = self._divide(
+            *(expert_ids.data_ptr(), expert_ids.shape[1], room.num_pairs, len(counts), routes.first.data_ptr()),
+            *(routes.starts.data_ptr(), None if routes.is_given else routes.shards.data_ptr()),
+            *((ctypes.c_int64 * len(avoid))(*avoid), len(avoid), reading, counts.data_ptr(), *room.pointers),
+        )
+        return counts, room.calls(num_calls)
 
     def pick(self, x: Tensor, rows: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype not in _DTYPES or x.stride(1) != 1:
@@ -115,6 +125,27 @@ class NativePairs(Pairs):
         count, width = rows.shape
         dtype = _DTYPES[rows.dtype]
         return bool(self._put(rows.data_ptr(), places.data_ptr(), count, width, dtype, to.data_ptr()))
+
+
+class _CallRoom:
+    """Where C++ leaves the calls of `num_pairs` pairs, see `dr_plan_calls`."""
+
+    def __init__(self, num_pairs: int) -> None:
+        self.num_pairs = num_pairs
+        self._longs = torch.empty(5, num_pairs, dtype=torch.int64)
+        self._indices = torch.empty(2 * num_pairs, dtype=torch.int32)
+        first, row = self._longs.data_ptr(), self._longs.stride(0) * self._longs.element_size()
+        self.pointers = *(first + row * index for index in range(5)), self._indices.data_ptr()
+
+    def calls(self, count: int) -> list[ShardCall]:
+        """As views of the room."""
+        calls, start = [], 0
+        for shard, rows, pairs in self._longs[:3, :count].T.tolist():
+            end, middle = start + pairs, 2 * start + pairs
+            indices = self._indices[2 * start : middle], self._indices[middle : 2 * end]
+            calls.append(ShardCall(shard, self._longs[3, start : start + rows], *indices, self._longs[4, start:end]))
+            start = end
+        return calls
 
 
 @functools.cache

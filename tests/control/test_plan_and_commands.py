@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_ray.config.engine import DeploymentConfig
 from deepseek_ray.control import commands
-from deepseek_ray.control.plan import Plan, initial_plan, take_over, with_placement, without_member
+from deepseek_ray.control.plan import Plan, initial_members, initial_plan, take_over, with_placement, without_member
 from deepseek_ray.control.shard_figures import EXPERTS_SHARE, ShardFigures
 from deepseek_ray.errors import ConfigError, DeploymentError
 from deepseek_ray.expert_parallel.placement import experts_of_shard
@@ -43,6 +43,11 @@ def test_a_plan_begins_with_what_the_configuration_says() -> None:
     assert counts(first) == {0: [3, 3], 1: [3, 3], 2: [2, 2]}
     with pytest.raises(DeploymentError, match="9 expert shards for 8 routed experts"):
         plan(expert_shards=9)
+
+
+def test_the_first_members_are_known_without_a_plan() -> None:
+    config = DeploymentConfig(model_dir="m", attention_workers=2, expert_shards=3, standby_shards=1)
+    assert initial_members(config) == initial_plan((1, 2), 8, config).members
 
 
 def test_replicas_from_the_start_and_ever_after() -> None:

@@ -7,7 +7,7 @@ import random as random_module
 import pytest
 import torch
 
-from deepseek_ray.expert_parallel.dispatch import LayerRoutes
+from deepseek_ray.expert_parallel.dispatch import LayerRoutes, ShardCall
 from deepseek_ray.kernels.pairs import NativePairs, Pairs
 from tests.kernels.cases import DTYPES, random
 
@@ -32,14 +32,17 @@ def test_the_plan_is_that_of_the_reference(
     ids = chosen(tokens, top_k, experts)
     owners = torch.tensor([shards[expert % len(shards)] for expert in range(experts)])
     places = None if part is None else torch.arange(0, ids.numel(), part)
-    expected, calls = Pairs().plan(ids, owners, places), native.plan(ids, owners, places)
+    assert_same_calls(native.plan(ids, owners, places), Pairs().plan(ids, owners, places))
+    assert native.count(ids, experts).tolist() == Pairs().count(ids, experts).tolist()
+
+
+def assert_same_calls(calls: list[ShardCall], expected: list[ShardCall]) -> None:
     assert [call.shard for call in calls] == [call.shard for call in expected]
     for call, other in zip(calls, expected, strict=True):
         for name in ("token_rows", "pair_rows", "pair_experts", "places"):
             mine, theirs = getattr(call, name), getattr(other, name)
             assert mine.dtype == theirs.dtype, name
             assert mine.tolist() == theirs.tolist(), name
-    assert native.count(ids, experts).tolist() == Pairs().count(ids, experts).tolist()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -51,6 +54,19 @@ def test_the_choice_is_that_of_the_reference(native: NativePairs, seed: int, avo
     counts = torch.tensor([choose.choice([0, 0, 1, 1, 5, 30]) for _ in range(30)])
     for reading in (0, 5, 20):
         assert native.choose(routes, counts, avoid, reading).tolist() == routes.choose(counts, avoid, reading).tolist()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("avoid", [set(), {2}])
+def test_a_step_is_divided_as_by_the_reference(native: NativePairs, replicas: int, avoid: set[int]) -> None:
+    routes = LayerRoutes([tuple(sorted({expert % 3, (expert + replicas - 1) % 3})) for expert in range(16)])
+    for tokens in (0, 1, 40):
+        ids = chosen(tokens, 4, 16)
+        (expected_counts, expected), (counts, calls) = (
+            pairs.divide(ids, routes, avoid, 20) for pairs in (Pairs(), native)
+        )
+        assert counts.tolist() == expected_counts.tolist()
+        assert_same_calls(calls, expected)
 
 
 def test_without_a_choice_there_is_none(native: NativePairs) -> None:

@@ -103,6 +103,19 @@ int64_t dr_plan_calls(const int64_t* ids, int64_t top_k, const int64_t* owners, 
     return calls;
 }
 
+// All three for a whole step: counts [experts] of ids [n], the shard of each expert, and the calls, as above. `shards` is
+// null where no expert has a choice.
+int64_t dr_divide_pairs(const int64_t* ids, int64_t top_k, int64_t n, int64_t experts, const int64_t* first,
+                        const int64_t* starts, const int64_t* shards, const int64_t* avoid, int64_t num_avoided,
+                        int64_t reading, int64_t* counts, int64_t* asked, int64_t* num_rows, int64_t* num_pairs,
+                        int64_t* token_rows, int64_t* places, int32_t* indices) {
+    dr_count_experts(ids, n, counts, experts);
+    std::vector<int64_t> chosen(first, first + experts);
+    if (shards)
+        dr_choose_shards(counts, experts, first, starts, shards, avoid, num_avoided, reading, chosen.data());
+    return dr_plan_calls(ids, top_k, chosen.data(), nullptr, n, asked, num_rows, num_pairs, token_rows, places, indices);
+}
+
 // to [n, width] = the rows `rows` [n] of from, whose rows are `step` elements apart.
 void dr_pick_rows(const void* from, int64_t step, const int64_t* rows, int64_t n, int64_t width, int32_t dtype,
                   void* to) {

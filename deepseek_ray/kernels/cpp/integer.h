@@ -142,8 +142,8 @@ template <int Bits>
 struct Integer {
     static constexpr int64_t kUnits = kGroup * Bits / 32;  // of 4 bytes, for 32 inputs of an output
     static constexpr int kMaxRows = 6;  // a sum of integers takes two registers, with AVX-512 too
-    // Of int8 one block: sums of integers and of floats then both stay in sixteen registers.
-    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? 2 : Bits == 8 ? 1 : few_registers_blocks(rows); }
+    // With few rows it pays to read several blocks at a time, though not all sums stay in sixteen registers then.
+    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? 2 : few_registers_blocks(rows); }
     using Weight = uint32_t;
     using Rows = RoundedRows;
     using Store = RoundedStore;

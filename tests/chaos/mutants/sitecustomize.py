@@ -62,23 +62,27 @@ def combine_in_arrival_order(module: ModuleType) -> None:
 
     module.RemoteExperts._take, module.RemoteExperts.dispatch = remember, begin
     import deepseek_ray.models.paged_layer as paged_layer
+    from deepseek_ray.kernels.native import NativeKernels
 
     original = paged_layer.combine_slots
     paged_layer.combine_slots = combine
+    NativeKernels.combine_slots = lambda *_: None  # then it is `combine` that does it
 
 
 def answer_for_an_expert_that_is_not_held(module: ModuleType) -> None:
     """A shard says it holds what it was told to load later, and computes with another expert's weights."""
-    load, first_experts = module.ExpertStore.load, 4  # of 8, with two shards
+    load_all, first_experts = module.ExpertStore.load_all, 4  # of 8, with two shards
 
-    def pretend(self: Any, layer: int, expert: int) -> None:
-        here = self._layers.get(layer, {})
-        if len(here) < first_experts:
-            load(self, layer, expert)
-        elif expert not in here:
-            self._layers[layer] = {**here, expert: next(iter(here.values()))}
+    def pretend(self: Any, wanted: Any) -> Any:
+        for layer, expert in wanted:
+            here = self._layers[layer].experts if layer in self._layers else {}
+            if len(here) < first_experts:
+                yield from load_all(self, [(layer, expert)])
+            else:
+                self._hold(layer, {expert: next(iter(here.values())), **here})
+                yield
 
-    module.ExpertStore.load = pretend
+    module.ExpertStore.load_all = pretend
 
 
 def crash_over_one_row(module: ModuleType) -> None:

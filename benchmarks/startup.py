@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.bench_model import bench_mini_dir
 from benchmarks.generation import Driver, read_options
 from benchmarks.results_file import write_results
-from deepseek_ray.kernels.native import cache_directory
+from deepseek_ray.kernels.build import cache_directory
 
 FIRST_TOKEN = {"sequences": 1, "prompt": 8, "tokens": 1, "seed": 0}
 SYSTEMS = ("transformers", "llama.cpp", "vllm", "local", "local, packed", "actors, packed")

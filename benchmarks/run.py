@@ -17,7 +17,7 @@ BENCHMARKS = (
         "http_load",
         "simulate",
     ),
-    *("training", "strategies", "placement", "tuning", "gpu_kernels", "gpu_decode"),
+    *("training", "strategies", "placement", "tuning", "gpu_kernels", "gpu_decode", "gpu_plots"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -12,6 +13,8 @@ def gpu_decode_section(result: dict[str, Any]) -> str:
         f"bench-mini, bfloat16, {result['context']} positions, {_measured_on(result)}, medians of {result['runs']} "
         "steps of each kind in turns. The limit is that of the other tables with what this GPU copies and multiplies. "
         "`graphs` replays a step, `operators` launches the same ones one by one, `torch` has no operators of ours.",
+        "",
+        f"![milliseconds of a step, tokens per second]({_plot(result)})",
         "",
         "| sequences | limit, ms | graphs, ms | of the limit | operators, ms | torch, ms |",
         "|---|---|---|---|---|---|",
@@ -42,6 +45,8 @@ def gpu_kernels_section(result: dict[str, Any]) -> str:
         "the larger of the bytes at the speed of copying and the products at that of torch's best matrix product, over "
         f"what it took. {result.get('note', '')}".rstrip(),
         "",
+        f"![shares of the limit]({_plot(result)})",
+        "",
         "| operator | tokens | limit, us | Triton, us | of the limit | torch, us |",
         "|---|---|---|---|---|---|",
     ]
@@ -53,6 +58,11 @@ def gpu_kernels_section(result: dict[str, Any]) -> str:
             f"| {limit / seconds['triton']:.2f} | {torch} |"
         )
     return "\n".join([*lines, ""])
+
+
+def _plot(result: dict[str, Any]) -> str:
+    """Drawn by `benchmarks/gpu_plots.py`."""
+    return f"../benchmarks/results/{Path(result['file']).with_suffix('.png').name}"
 
 
 def _measured_on(result: dict[str, Any]) -> str:

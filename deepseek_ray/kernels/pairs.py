@@ -61,8 +61,6 @@ class NativePairs(Pairs):
     def __init__(self) -> None:
         library = load_library()
         long, pointer = ctypes.c_int64, ctypes.c_void_p
-        self._count = library.dr_count_experts
-        self._count.argtypes, self._count.restype = [pointer, long, pointer, long], None
         self._choose = library.dr_choose_shards
         self._choose.argtypes = [pointer, long, *[pointer] * 4, long, long, pointer]
         self._choose.restype = None
@@ -75,12 +73,6 @@ class NativePairs(Pairs):
         self._pick.argtypes, self._pick.restype = [pointer, long, pointer, long, long, ctypes.c_int32, pointer], None
         self._put = library.dr_put_rows
         self._put.argtypes, self._put.restype = [pointer, pointer, long, long, ctypes.c_int32, pointer], ctypes.c_int32
-
-    def count(self, expert_ids: Tensor, num_experts: int) -> Tensor:
-        assert expert_ids.is_contiguous()
-        counts = torch.empty(num_experts, dtype=torch.int64)
-        self._count(expert_ids.data_ptr(), expert_ids.numel(), counts.data_ptr(), num_experts)
-        return counts
 
     def choose(self, routes: LayerRoutes, counts: Tensor, avoid: Collection[int], reading: int) -> Tensor:
         if routes.is_given:

@@ -22,12 +22,6 @@ bool copy_finite(const void* from, void* to, int64_t width, int32_t dtype) {
 
 extern "C" {
 
-// counts [experts]: how often each is among ids [n].
-void dr_count_experts(const int64_t* ids, int64_t n, int64_t* counts, int64_t experts) {
-    std::fill(counts, counts + experts, 0);
-    for (int64_t i = 0; i < n; ++i) ++counts[ids[i]];
-}
-
 // The shard to ask for each expert. first [experts]: what is asked where there is no choice or no token; starts
 // [experts + 1] into shards, where the replicas of each expert stand, ascending. Largest cost first, each on the shard
 // that has least to do so far; one that is to be avoided only where there is no other.
@@ -103,13 +97,14 @@ int64_t dr_plan_calls(const int64_t* ids, int64_t top_k, const int64_t* owners, 
     return calls;
 }
 
-// All three for a whole step: counts [experts] of ids [n], the shard of each expert, and the calls, as above. `shards` is
+// All for a whole step: counts [experts], how often each is among ids [n], the shard of each, and the calls, as above. `shards` is
 // null where no expert has a choice.
 int64_t dr_divide_pairs(const int64_t* ids, int64_t top_k, int64_t n, int64_t experts, const int64_t* first,
                         const int64_t* starts, const int64_t* shards, const int64_t* avoid, int64_t num_avoided,
                         int64_t reading, int64_t* counts, int64_t* asked, int64_t* num_rows, int64_t* num_pairs,
                         int64_t* token_rows, int64_t* places, int32_t* indices) {
-    dr_count_experts(ids, n, counts, experts);
+    std::fill(counts, counts + experts, 0);
+    for (int64_t i = 0; i < n; ++i) ++counts[ids[i]];
     std::vector<int64_t> chosen(first, first + experts);
     if (shards)
         dr_choose_shards(counts, experts, first, starts, shards, avoid, num_avoided, reading, chosen.data());

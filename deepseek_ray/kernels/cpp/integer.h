@@ -18,18 +18,31 @@ constexpr int64_t kGroup = 32;  // inputs that share a scale
 constexpr int kLargestInput = 63;
 static_assert(2 * 255 * kLargestInput < 1 << 15);
 
-// Sixteen 32-bit integers, each the sum of four products of bytes.
-#if defined(__AVX2__)
+// Sixteen 32-bit integers, each the sum of products of bytes: of those of weights, 0 to 255, with those of inputs, of which
+// four are the same for all lanes.
+#if defined(__AVX512VNNI__)
+struct Dots {
+    __m512i v;
+    static inline Dots zero() { return {_mm512_setzero_si512()}; }
+    inline void add_bytes(const uint32_t* w, int32_t inputs) {
+        v = _mm512_dpbusd_epi32(v, _mm512_loadu_si512(w), _mm512_set1_epi32(inputs));
+    }
+    // Halves of bytes, 0 to 15: `high` ones or low ones.
+    inline void add_half(const uint32_t* w, bool high, int32_t inputs) {
+        const __m512i raw = _mm512_loadu_si512(w);
+        const __m512i half = _mm512_and_si512(high ? _mm512_srli_epi16(raw, 4) : raw, _mm512_set1_epi8(15));
+        v = _mm512_dpbusd_epi32(v, half, _mm512_set1_epi32(inputs));
+    }
+    inline Dots widened() const { return *this; }
+    inline Dots minus(int32_t x) const { return {_mm512_sub_epi32(v, _mm512_set1_epi32(x))}; }
+    inline Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+};
+#elif defined(__AVX2__)
 struct Dots {
     __m256i lo, hi;
     static inline Dots zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-    // sums + bytes of weights, 0 to 255, times those of inputs, of which 4 are the same for all lanes.
     static inline __m256i plus_bytes8(__m256i sums, __m256i raw, __m256i x) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-        return _mm256_dpbusd_epi32(sums, raw, x);
-#else
         return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(raw, x), _mm256_set1_epi16(1)));
-#endif
     }
     static inline __m256i load8(const uint32_t* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
     inline void add_bytes(const uint32_t* w, int32_t inputs) {
@@ -42,7 +55,7 @@ struct Dots {
         __m256i raw = load8(w);
         return _mm256_and_si256(high ? _mm256_srli_epi16(raw, 4) : raw, _mm256_set1_epi8(15));
     }
-    inline void add_half16(const uint32_t* w, bool high, int32_t inputs) {
+    inline void add_half(const uint32_t* w, bool high, int32_t inputs) {
         __m256i x = _mm256_set1_epi32(inputs);
         lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(half8(w, high), x));
         hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(half8(w + 8, high), x));
@@ -71,7 +84,7 @@ struct Dots {
         for (int l = 0; l < kLanes; ++l)
             for (int i = 0; i < 4; ++i) v[l] += int(w[l] >> (8 * i) & 255) * byte(uint32_t(inputs), i);
     }
-    inline void add_half16(const uint32_t* w, bool high, int32_t inputs) {
+    inline void add_half(const uint32_t* w, bool high, int32_t inputs) {
         for (int l = 0; l < kLanes; ++l)
             for (int i = 0; i < 4; ++i) v[l] += int(w[l] >> (8 * i + 4 * high) & 15) * byte(uint32_t(inputs), i);
     }
@@ -141,9 +154,9 @@ struct RoundedStore {
 template <int Bits>
 struct Integer {
     static constexpr int64_t kUnits = kGroup * Bits / 32;  // of 4 bytes, for 32 inputs of an output
-    static constexpr int kMaxRows = 6;  // a sum of integers takes two registers, with AVX-512 too
+    static constexpr int kMaxRows = 6;
     // With few rows it pays to read several blocks at a time, though not all sums stay in sixteen registers then.
-    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? 2 : few_registers_blocks(rows); }
+    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? (rows <= 2 ? 4 : 2) : few_registers_blocks(rows); }
     using Weight = uint32_t;
     using Rows = RoundedRows;
     using Store = RoundedStore;
@@ -176,8 +189,8 @@ struct Integer {
                         if constexpr (Bits == 8) {
                             dots[r][b].add_bytes(units + b * stride, inputs[0]);
                         } else {
-                            dots[r][b].add_half16(units + b * stride, false, inputs[0]);
-                            dots[r][b].add_half16(units + b * stride, true, inputs[1]);
+                            dots[r][b].add_half(units + b * stride, false, inputs[0]);
+                            dots[r][b].add_half(units + b * stride, true, inputs[1]);
                         }
                     }
                 }

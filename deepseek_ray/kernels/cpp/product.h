@@ -27,9 +27,16 @@ constexpr int kRegisters = 16;
 constexpr int few_registers_blocks(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 constexpr int64_t kPanel = 72;      // rows whose inputs stay in the second-level cache
 constexpr int64_t kInputs = 1024;   // inputs that are taken together where rows are many
-constexpr int64_t kAhead = 1536;    // bytes by which weights are fetched before they are used
 
-inline void fetch_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kAhead); }
+// Weights on their way before they are used. Zen 4 has too few places for lines that its first-level cache waits for, so
+// they come to the second there: int8 and int4 read 1.2 times as fast. Milan and Rome were the faster the other way.
+inline void fetch_ahead(const void* p) {
+#if defined(__AVX512F__)
+    __builtin_prefetch(static_cast<const char*>(p) + 2048, 0, 2);
+#else
+    __builtin_prefetch(static_cast<const char*>(p) + 1536);
+#endif
+}
 
 struct Output {
     void* data;      // of the first row and column

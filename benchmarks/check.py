@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from benchmarks.generation import measure
-from benchmarks.tables import newest
+from benchmarks.results_file import newest
 
 _BASE, _OWN = "transformers", ("local", "actors")
 _PHASES = ("prefill_tokens_per_second", "decode_tokens_per_second")

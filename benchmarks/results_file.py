@@ -34,7 +34,22 @@ def measured_on(result: dict[str, Any]) -> str:
 
 
 def results_path(what: str) -> Path:
-    return RESULTS / f"{what}_{os.cpu_count()}cores_{datetime.date.today():%Y%m}.json"
+    return RESULTS / f"{what}_{_hardware()}_{datetime.date.today():%Y%m}.json"
+
+
+def newest_by_hardware(what: str) -> dict[str, dict[str, Any]]:
+    """Hardware as the files' names have it -> what was measured there last, and the name of its `file`."""
+    found = {}
+    for path in sorted(RESULTS.glob(f"{what}_*.json")):  # of one hardware the months follow one another
+        hardware = path.stem.removeprefix(f"{what}_").rsplit("_", 1)[0]
+        found[hardware] = {**json.loads(path.read_text()), "file": path.name}
+    return found
+
+
+def newest(what: str) -> dict[str, Any]:
+    """What was measured last on a machine like this one, or else on any."""
+    found = newest_by_hardware(what)
+    return found.get(_hardware()) or max(found.values(), key=lambda result: result["machine"]["date"])
 
 
 def write_results(what: str, result: dict[str, Any]) -> Path:
@@ -43,6 +58,11 @@ def write_results(what: str, result: dict[str, Any]) -> Path:
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
     return path
+
+
+def _hardware() -> str:
+    """Machines of one name are compared with each other; half of what is measured depends on AVX-512."""
+    return f"{os.cpu_count()}cores{'_avx512' if 'avx512f' in _cpu_model() else ''}"
 
 
 def _cpu_model() -> str:

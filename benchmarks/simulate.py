@@ -19,10 +19,9 @@ from typing import Any
 
 from benchmarks.bench_model import BENCH_MINI
 from benchmarks.generation import CASES
-from benchmarks.results_file import write_results
+from benchmarks.results_file import newest, write_results
 from benchmarks.roofline import Probes, step_seconds
 from benchmarks.simulation import Deployment, Machine, Network, simulate
-from benchmarks.tables import newest
 from deepseek_ray.config.model import ModelConfig
 
 V3 = ModelConfig.parse(

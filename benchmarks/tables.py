@@ -1,16 +1,15 @@
-"""Writes the tables of `docs/performance.md` from the newest results files.
+"""Writes the tables of `docs/performance.md` from the newest results files of each machine.
 
 python -m benchmarks.tables
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results_file import RESULTS
+from benchmarks.results_file import RESULTS, newest_by_hardware
 from benchmarks.sections.generation import (
     generation_section,
     quantization_section,
@@ -49,7 +48,7 @@ def main() -> None:
         "gpu_decode": gpu_decode_section,
         "gpu_kernels": gpu_kernels_section,
     }
-    sections = [_HEAD, *(section(newest(what)) for what, section in written.items() if list(results_of(what)))]
+    sections = [_HEAD, *(text for what, section in written.items() for text in _sections(what, section))]
     PAGE.write_text("\n".join(sections), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(RESULTS.parent.parent)}")
 
@@ -63,13 +62,12 @@ def write_between_marks(page: Path, name: str, text: str) -> None:
     print(f"wrote {page.relative_to(RESULTS.parent.parent)}")
 
 
-def results_of(what: str) -> Iterator[Path]:
-    return RESULTS.glob(f"{what}_*.json")
-
-
-def newest(what: str) -> dict[str, Any]:
-    path = max(results_of(what), key=lambda found: found.stem.rsplit("_", 1)[1])
-    return {**json.loads(Path(path).read_text()), "file": path.name}
+def _sections(what: str, section: Callable[[dict[str, Any]], str]) -> Iterator[str]:
+    """One for each kind of machine that this was measured on, named in the heading where there are several."""
+    measured = newest_by_hardware(what)
+    for hardware, result in measured.items():
+        heading, _, text = section(result).partition("\n")
+        yield f"{heading}{f' ({hardware})' if len(measured) > 1 else ''}\n{text}"
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ struct RoundedStore {
 template <int Bits>
 struct Integer {
     static constexpr int64_t kUnits = kGroup * Bits / 32;  // of 4 bytes, for 32 inputs of an output
-    static constexpr int kMaxRows = 6;
+    static constexpr int kMaxRows = 6, kAloneRows = kMaxRows;
     // With few rows it pays to read several blocks at a time, though not all sums stay in sixteen registers then.
     static constexpr int blocks_of(int rows) { return kRegisters == 32 ? (rows <= 2 ? 4 : 2) : few_registers_blocks(rows); }
     using Weight = uint32_t;

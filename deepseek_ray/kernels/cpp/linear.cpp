@@ -45,8 +45,12 @@ struct PlainStore {
 template <typename X, typename W>
 struct Floating {
     static constexpr int kStep = sizeof(W) == 2 ? 2 : 1;
-    static constexpr int kMaxRows = kRegisters == 32 ? 12 : 6;
-    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? 2 : few_registers_blocks(rows); }
+    static constexpr bool kMany = kRegisters == 32;
+    static constexpr int kMaxRows = kMany ? 8 : 6, kAloneRows = kMany ? 12 : 6;
+    // Of 24 sums, 8 by 3 load the least for what they add: 12 by 2 wait for loads.
+    static constexpr int blocks_of(int rows) {
+        return !kMany ? few_registers_blocks(rows) : rows <= 4 ? 4 : rows <= kMaxRows ? 3 : 2;
+    }
     using Weight = W;
     using Rows = PlainRows<X>;
     using Store = PlainStore<X, kStep>;

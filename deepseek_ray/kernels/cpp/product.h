@@ -6,6 +6,7 @@
 //   Kind::kStep                      inputs that are taken together: runs of inputs begin at multiples of it
 //   Kind::block_stride(K)            elements of Weight in a block of 16 columns
 //   Kind::kMaxRows, blocks_of(rows)  the largest tile: its sums fit the registers
+//   Kind::kAloneRows                 rows that one tile takes if they are all there are: weights are read once
 //   Kind::tile<R, B>(...)            R rows by B blocks over the inputs [k0, k1)
 //
 // A row's bits never depend on the other rows, on their number or on the number of threads: every output element has an
@@ -93,7 +94,7 @@ struct Product {
         for (; b < last; ++b) run_tile<R, 1>(row, b, k0, k1, {carry.of(0, int(b - first)), carry.stride});
     }
 
-    template <int R = Kind::kMaxRows>
+    template <int R = Kind::kAloneRows>
     void run_rows_of(int64_t count, int64_t row, int64_t first, int64_t last, int64_t k0, int64_t k1, Carry carry) const {
         if constexpr (R > 0) {
             if (count == R) run_rows<R>(row, first, last, k0, k1, carry);
@@ -107,7 +108,7 @@ struct Product {
         const int64_t panels = (rows + kPanel - 1) / kPanel, group = Kind::blocks_of(Kind::kMaxRows);
         for (int64_t p = 0; p < panels; ++p) {
             const int64_t begin = rows * p / panels, height = rows * (p + 1) / panels - begin;
-            const int64_t tiles = (height + Kind::kMaxRows - 1) / Kind::kMaxRows;
+            const int64_t tiles = height <= Kind::kAloneRows ? 1 : (height + Kind::kMaxRows - 1) / Kind::kMaxRows;
             const int64_t inputs = tiles > 2 ? kInputs : num_in;
             if (tiles > 2) sums.resize(size_t((last - first) * height * kLanes));
             for (int64_t k0 = 0; k0 < num_in; k0 += inputs)
@@ -155,7 +156,8 @@ void run_call(const Call& call) {
     const int32_t threads = total * call.N * call.K < kSmallWork ? 1 : call.threads;
     // A task is a run of column blocks of one group: enough tasks to balance, few enough to keep rows in cache.
     int64_t chunk = std::max<int64_t>(4, (blocks * busy + int64_t(threads) * 8 - 1) / (int64_t(threads) * 8));
-    chunk = std::min((chunk + 3) / 4 * 4, blocks);
+    const int64_t unit = chunk > 8 ? 12 : 4;  // whole tiles of 4, 3 or 2 blocks
+    chunk = std::min((chunk + unit - 1) / unit * unit, blocks);
     const int64_t chunks = (blocks + chunk - 1) / chunk;
     if (!as_is) {
         std::vector<int64_t> group_of(total);

@@ -163,8 +163,8 @@ struct Integer {
 
     static bool takes(const Call&) { return false; }
     static Rows rows_at(const void*, int64_t) { return {}; }
-    static int64_t groups(int64_t K) { return (K + kGroup - 1) / kGroup; }
-    static int64_t block_stride(int64_t K) { return groups(K) * kUnits * kLanes; }
+    static constexpr int64_t groups(int64_t K) { return (K + kGroup - 1) / kGroup; }
+    static constexpr int64_t block_stride(int64_t K) { return groups(K) * kUnits * kLanes; }
     static const void* scales_of(const void* scales, int64_t block, int64_t K) {
         if constexpr (Bits == 8) return static_cast<const float*>(scales) + block * kLanes;
         else return static_cast<const uint16_t*>(scales) + block * groups(K) * kLanes;

@@ -59,7 +59,7 @@ struct Floating {
         return call.x_dtype == (sizeof(X) == 4 ? kFloat32 : kBfloat16) && call.K % kStep == 0;
     }
     static Rows rows_at(const void* x, int64_t stride) { return {static_cast<const X*>(x), stride}; }
-    static int64_t block_stride(int64_t K) { return (K + kStep - 1) / kStep * kStep * kLanes; }
+    static constexpr int64_t block_stride(int64_t K) { return (K + kStep - 1) / kStep * kStep * kLanes; }
     static const void* scales_of(const void*, int64_t, int64_t) { return nullptr; }
 
     template <int R, int B>

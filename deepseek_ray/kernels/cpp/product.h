@@ -27,7 +27,6 @@ constexpr int kRegisters = 16;
 // Blocks of columns beside each other: with few rows more of them, so that there are enough sums to wait for.
 constexpr int few_registers_blocks(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 constexpr int64_t kPanel = 72;      // rows whose inputs stay in the second-level cache
-constexpr int64_t kInputs = 1024;   // inputs that are taken together where rows are many
 
 // Weights on their way before they are used. Zen 4 has too few places for lines that its first-level cache waits for, so
 // they come to the second there: int8 and int4 read 1.2 times as fast. Milan and Rome were the faster the other way.
@@ -101,6 +100,10 @@ struct Product {
             else run_rows_of<R - 1>(count, row, first, last, k0, k1, carry);
         }
     }
+
+    // Inputs that are taken together where rows are many: 32 KB of a block, or what was best on CPUs without AVX-512.
+    static constexpr int64_t kInputBytes = Kind::block_stride(32) * int64_t(sizeof(typename Kind::Weight)) / 32;
+    static constexpr int64_t kInputs = kRegisters == 32 ? (1 << 15) / kInputBytes : 1024;
 
     // All rows against the blocks [first, last). Rows are cut into panels, panels into tiles of like heights.
     void run(int64_t first, int64_t last) const {

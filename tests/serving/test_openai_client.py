@@ -242,6 +242,7 @@ def test_fields_without_effect_are_accepted(client: OpenAI) -> None:
         parallel_tool_calls=True,
         logit_bias={},
         stop=None,
+        extra_body={"ignore_eos": True},  # drawn at temperature 1: an end of text is possible
     )
     assert answer.choices[0].finish_reason == "length"
 

@@ -26,6 +26,7 @@ PAGE = RESULTS.parent.parent / "docs" / "performance.md"
 _HEAD = """# Speed
 
 Every figure is measured on one machine in one run with interleaved rounds; only ratios within a table mean anything.
+Where a question was asked on several machines, headings name them as the results' files do (`2cores_avx512`).
 This page is written by `python -m benchmarks.tables` from `benchmarks/results/`; `make bench` measures again.
 """
 

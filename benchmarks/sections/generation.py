@@ -23,7 +23,7 @@ def generation_section(result: dict[str, Any]) -> str:
     lines = [
         "## Generation: `LLM` against transformers, llama.cpp and vLLM on bench-mini",
         "",
-        f"{measured_on(result)}, {result['threads']} threads, bfloat16, medians of {result['rounds']} rounds "
+        f"{measured_on(result)}, {result['threads']} threads, bfloat16, medians, rounds: {result['rounds']} "
         f"(`{result['file']}`). {LIMITS}. Actors: 1 attention worker, 2 shards.",
         "",
         f"![tokens per second of each system](../benchmarks/results/{plot})",

@@ -130,7 +130,7 @@ WRONG_FIELDS = [
 def test_a_wrong_field_is_named_with_value_and_limit(client: httpx.Client, field: str, value: Any, words: str) -> None:
     started = time.monotonic()
     error = error_of(client.post(COMPLETIONS, json={"model": MODEL, "prompt": "hi", field: value}), 400)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 1
     assert words in error["message"]
     assert error["param"].split(".")[0] == field
     assert error["type"] == "invalid_request_error"
@@ -339,7 +339,7 @@ def test_overload_is_answered_at_once_and_ends_with_the_load() -> None:
             assert backend.started.wait(5)
             started = time.monotonic()
             answer = client.post(CHAT, json=asked)
-            assert time.monotonic() - started < 5  # the held request ends much later
+            assert time.monotonic() - started < 0.5
             assert error_of(answer, 429)["code"] == "overloaded"
             assert int(answer.headers["retry-after"]) >= 1
             assert client.get("/health").status_code == 200

@@ -159,8 +159,8 @@ class Kernels(ABC):
     """Name of the layout of packed weights, the same for the same bytes; None keeps them out of files."""
     is_capturable: bool = False
     """Whether a step of them can be captured as a CUDA graph: nothing in it waits for the device."""
-    rounds_queries: bool = False
-    """Whether attention rounds queries to the latents' dtype: then they may come in it, and values leave in it."""
+    takes_narrow_queries: bool = False
+    """Whether queries of attention may come in the latents' dtype: then values leave in it, too."""
 
     def computing(self) -> AbstractContextManager[None]:
         """Around a step of operators, of these and of torch, in this thread."""
@@ -276,5 +276,6 @@ class Kernels(ABC):
 
         query [T, H, width] float32; cache [slots, width]; block_tables [S, max_blocks] int32; sequence_rows [T] int32;
         positions [T] int64 `-> [T, H, value_width]` float32, values being the first `value_width` of each latent. With
-        `rounds_queries` query and result may have the cache's dtype.
+        `takes_narrow_queries` query and result may have the cache's dtype. `native.py` and the GPU round queries and
+        weights of positions to that dtype.
         """

@@ -38,7 +38,7 @@ class LatentAttention:
 
     def _attend(self, normed: Tensor, step: Step, latents: Tensor) -> Tensor:
         config, kernels, own = self._config, self._kernels, self._weights
-        wide = normed.dtype if kernels.rounds_queries else torch.float32
+        wide = normed.dtype if kernels.takes_narrow_queries else torch.float32
         query = kernels.linear(self._query_input(normed), own.q, wide)
         query = query.view(normed.shape[0], config.num_attention_heads, config.qk_head_dim)
         nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)

@@ -149,7 +149,7 @@ def test_scores_equal_torch_also_at_the_extremes(native: NativeKernels, kind: st
 def test_latent_attention_equals_the_reference(native: NativeKernels, dtype: torch.dtype, widths: Widths) -> None:
     case = paged_case(dtype, 9, longest=300, widths=widths)
     torch.testing.assert_close(
-        native.latent_attention(**case), ReferenceKernels().latent_attention(**case), rtol=1e-5, atol=1e-5
+        native.latent_attention(**case), ReferenceKernels().latent_attention(**case), **tolerance(dtype)
     )
 
 
@@ -259,7 +259,17 @@ def test_attention_has_the_same_bits_when_threads_divide_a_context(native: Nativ
         assert torch.equal(native.latent_attention(**case), whole)
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(whole, ReferenceKernels().latent_attention(**case), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole, ReferenceKernels().latent_attention(**case), **tolerance(dtype))
+
+
+def test_attention_rounds_queries_and_weights_to_the_type_of_latents(native: NativeKernels) -> None:
+    """Alike latents: whatever the weights are, rounded or not, they must add up to what they are divided by."""
+    case = paged_case(torch.bfloat16, 5, longest=300)
+    rounded = {**case, "query": case["query"].bfloat16().float()}
+    assert torch.equal(native.latent_attention(**case), native.latent_attention(**rounded))
+    case["cache"][:, :32] = case["cache"][0, :32]
+    alike = case["cache"][0, :32].float().expand(5, 6, 32)
+    torch.testing.assert_close(native.latent_attention(**case), alike, rtol=1e-5, atol=1e-6)
 
 
 def test_the_invariance_test_can_fail() -> None:

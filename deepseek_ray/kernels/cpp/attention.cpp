@@ -5,8 +5,9 @@
 // and sum as in arXiv 2205.14135, and the results of the parts are merged in order. So a head's bits depend on its query
 // and on its context alone, never on the batch, on other heads or on the threads.
 //
-// A score takes its products in the order of the width (of two bfloat16 the second first), one position in each lane; a
-// value takes them in the order of positions. Latents come from memory once: those of a block stay as they are in the
+// A score takes its products in the order of the width, one position in each lane; a value takes them in the order of
+// positions; of two bfloat16 the second comes first. Queries and weights are rounded to bfloat16 where latents are, and
+// the sum of weights is of the rounded ones. Latents come from memory once: those of a block stay as they are in the
 // second-level cache, the 16 whose scores are computed in the first-level cache.
 
 #include "attention_tiles.h"
@@ -31,22 +32,33 @@ struct Result {
 };
 
 // What one thread works with: all heads of one token.
+template <typename Form>
 struct Heads {
-    std::vector<float> query, turned, stripe, scores, keep;
+    using T = typename Form::Latent;
+    using Factor = typename Form::Factor;
+    std::vector<Factor> query;
+    std::vector<T> turned, stripe;
+    std::vector<float> scores, keep, row;
     float *sums, *top, *total;  // of the part at hand
     int64_t heads, width, wide, values;
 
     void start(const float* from, int64_t number, int64_t key_width, int64_t value_width) {
         heads = number, width = key_width, wide = padded(width), values = padded(value_width);
-        query.assign(size_t(heads * wide), 0.0f);
         turned.resize(size_t(wide * kLanes));
         stripe.resize(size_t(kPositions * kLanes));
         scores.resize(size_t(heads * kPositions));
         keep.assign(size_t(padded(heads)), 0.0f);
+        row.resize(size_t(wide));
+        const int64_t factors = wide / Form::kSize * Form::kFactors;
+        query.resize(size_t(heads * factors));
         for_groups(heads, [&](int64_t first, auto number) {
-            float* to = query.data() + first * wide;
-            for (int h = 0; h < number; ++h)
-                for (int64_t k = 0; k < width; ++k) to[k * number + h] = from[(first + h) * width + k];
+            Factor* to = query.data() + first * factors;
+            for (int h = 0; h < number; ++h) {
+                for (int64_t k = 0; k < wide; k += kLanes)
+                    Form::rounded(load_some(from + (first + h) * width + k, width - k, kFloat32)).store(row.data() + k);
+                const Factor* packed = Form::packed(row.data(), wide);
+                for (int64_t i = 0; i < factors; ++i) to[i * number + h] = packed[i];
+            }
         });
     }
 
@@ -58,12 +70,11 @@ struct Heads {
     }
 
     // Of 16 positions, the first of them position `at` of the block; `next` are the rows of the 16 after them.
-    template <typename T>
     void score(const T* const* rows, const T* const* next, int64_t at, float scale) {
         turn_rows(rows, width, wide, turned.data());
         for_groups(heads, [&](int64_t first, auto number) {
-            score_tile<number>(query.data() + first * wide, reinterpret_cast<const T*>(turned.data()), wide,
-                               first ? nullptr : next, scale, scores.data() + first * kPositions + at);
+            score_tile<number, Form>(query.data() + first * wide / Form::kSize * Form::kFactors, turned.data(), wide,
+                                     first ? nullptr : next, scale, scores.data() + first * kPositions + at);
         });
     }
 
@@ -82,41 +93,26 @@ struct Heads {
         for (int64_t h = 0; h < heads; h += kLanes) exp_of(Vec::load(keep.data() + h)).store(keep.data() + h);
         for (int64_t h = 0; h < heads; ++h) {
             float* s = scores.data() + h * kPositions;
-            for (int64_t j = 0; j < end; j += kLanes) exp_of(Vec::load(s + j) - Vec::all(top[h])).store(s + j);
+            for (int64_t j = 0; j < end; j += kLanes)
+                Form::rounded(exp_of(Vec::load(s + j) - Vec::all(top[h]))).store(s + j);
             std::fill(s + count, s + end, 0.0f);
             Vec sum = Vec::zero();
             for (int64_t j = 0; j < end; j += kLanes) sum = sum + Vec::load(s + j);
             total[h] = total[h] * keep[h] + sum_lanes(sum);
+            Form::packed(s, end);
         }
     }
 
-    // The first group of heads leaves the latents it has widened to the others.
-    template <typename T>
     void add_values(const T* const* rows, int64_t count) {
+        const int64_t steps = (count + Form::kSize - 1) / Form::kSize;
         for (int64_t i = 0; i < values; i += kLanes) {
-            float* wide_stripe = stripe.data();
-            const auto widened = [=](int64_t j) { return Vec::load(wide_stripe + j * kLanes); };
-            const auto widen = [=](int64_t j) {
-                const Vec c = Vec::load(rows[j] + i);
-                c.store(wide_stripe + j * kLanes);
-                return c;
-            };
-            const bool whole = width - i >= kLanes;
-            if (!whole) widen_ends(rows, count, i);
+            take_columns(rows, steps * Form::kSize, i, width, stripe.data());
             for_groups(heads, [&](int64_t first, auto number) {
-                const float* weights = scores.data() + first * kPositions;
-                float* to = sums + first * values + i;
-                if (whole && !first) value_tile<number>(weights, keep.data(), widen, count, to, values);
-                else value_tile<number>(weights, keep.data() + first, widened, count, to, values);
+                value_tile<number, Form>(reinterpret_cast<const Factor*>(scores.data()) + first * kPositions,
+                                         keep.data() + first, stripe.data(), steps, rows + (i / kLanes) % Form::kSize,
+                                         i + 2 * kLanes, sums + first * values + i, values);
             });
         }
-    }
-
-    // The last columns of rows that end before 16 more.
-    template <typename T>
-    void widen_ends(const T* const* rows, int64_t count, int64_t i) {
-        for (int64_t j = 0; j < count; ++j)
-            load_some(rows[j] + i, width - i, sizeof(T) == 4 ? kFloat32 : kBfloat16).store(stripe.data() + j * kLanes);
     }
 };
 
@@ -133,7 +129,8 @@ struct Context {
         return cache + (int64_t(table[position / block_size]) * block_size + position % block_size) * width;
     }
 
-    void attend(int64_t first, int64_t last, Heads& state, float scale) const {
+    template <typename Form>
+    void attend(int64_t first, int64_t last, Heads<Form>& state, float scale) const {
         const T* rows[kPositions + kLanes];
         for (int64_t begin = first; begin < last; begin += kPositions) {
             const int64_t count = std::min(kPositions, last - begin);
@@ -185,19 +182,24 @@ struct Attention {
 
     // The parts [first, last) of a token's context, with the result of part p at results + p * size().
     void attend(int64_t token, int64_t first, int64_t last, float* results) const {
-        thread_local Heads state_of_thread;
-        Heads& state = state_of_thread;  // looked up once
+        if (cache_dtype == kFloat32) return attend_in<Floats<float>>(token, first, last, results);
+#if defined(__AVX512BF16__)
+        if (use_pairs) return attend_in<Pairs>(token, first, last, results);
+#endif
+        attend_in<Floats<uint16_t>>(token, first, last, results);
+    }
+
+    template <typename Form, typename T = typename Form::Latent>
+    void attend_in(int64_t token, int64_t first, int64_t last, float* results) const {
+        thread_local Heads<Form> state_of_thread;
+        Heads<Form>& state = state_of_thread;  // looked up once
         state.start(query + token * heads * width, heads, width, value_width);
         const int32_t* table = block_tables + int64_t(sequence_rows[token]) * max_blocks;
+        const Context<T> rows{static_cast<const T*>(cache), table, block_size, width, context(token)};
         const int64_t length = part_length(context(token));
         for (int64_t p = first; p < last; ++p) {
             state.start_part(Result(results + p * size(), heads, state.values));
-            const auto add = [&](auto* rows) {
-                Context{rows, table, block_size, width, context(token)}.attend(
-                    p * length, std::min((p + 1) * length, context(token)), state, scale);
-            };
-            if (cache_dtype == kBfloat16) add(static_cast<const uint16_t*>(cache));
-            else add(static_cast<const float*>(cache));
+            rows.attend(p * length, std::min((p + 1) * length, context(token)), state, scale);
         }
     }
 

@@ -1,17 +1,21 @@
 // The two products of attention over latents, as outer products: some heads by 16 lanes, whose sums stay in registers.
+//
+// Latents come in steps: one float32 or two bfloat16 of each lane, of which the second is added first. What they meet,
+// elements of a query or weights of positions, are factors: floats, rounded to bfloat16 where latents are, or pairs of
+// bfloat16 for vdpbf16ps, which give the same bits.
 
 #pragma once
 
 #include <type_traits>
 
-#include "lanes.h"
+#include "dot_pairs.h"
 
 namespace {
 
 constexpr int64_t kPositions = 128;  // of a block
 constexpr int64_t kLine = 64;  // bytes
 #if defined(__AVX512F__)
-constexpr int kHeads = 8;
+constexpr int kHeads = 16;
 #else
 constexpr int kHeads = 6;
 #endif
@@ -35,43 +39,89 @@ inline void for_groups(int64_t heads, F&& f) {
     }
 }
 
+template <typename T>
+struct Floats {
+    using Latent = T;
+    using Factor = float;
+    static constexpr int kSize = 4 / sizeof(T), kFactors = kSize;  // of a step
+
+    static Vec rounded(Vec x) {
+        if constexpr (kSize == 1) return x;
+        uint16_t narrow[kLanes];
+        x.store(narrow);
+        return Vec::load(narrow);
+    }
+    static float* packed(float* factors, int64_t) { return factors; }
+
+    // Sums of H heads += latents [16][kSize] * factors, those of a head `of_head` after those of the one before.
+    template <int H>
+    static inline void add(Vec (&sums)[H], const float* factors, int64_t of_head, int64_t of_element, const T* latents) {
+        for (int s = kSize - 1; s >= 0; --s) {
+            Vec c;
+            if constexpr (kSize == 2) c = Vec::half(latents, s); else c = Vec::load(latents);
+            for (int h = 0; h < H; ++h) sums[h] = sums[h].fma(Vec::all(factors[h * of_head + s * of_element]), c);
+        }
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+    using Latent = uint16_t;
+    using Factor = Pair;
+    static constexpr int kSize = 2, kFactors = 1;
+
+    static Vec rounded(Vec x) { return Floats<uint16_t>::rounded(x); }
+    // In place, of rounded factors; their number is a multiple of 16.
+    static Pair* packed(float* factors, int64_t count) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(factors);
+        for (int64_t i = 0; i < count; i += kLanes) Vec::load(factors + i).store(to + i);
+        return reinterpret_cast<Pair*>(factors);
+    }
+    template <int H>
+    static inline void add(Vec (&sums)[H], const Pair* factors, int64_t of_head, int64_t, const uint16_t* latents) {
+        const __m512i c = _mm512_loadu_si512(latents);
+        for (int h = 0; h < H; ++h) sums[h] = add_pairs(sums[h], c, factors + h * of_head);
+    }
+};
+#endif
+
 // The tiles are functions of their own so that all registers are theirs.
 
-// scores[h][j] = scale * query[h] . latent j, of H heads and 16 positions. query [wide][H], turned [units of wide][16].
-// `next`, if not null: 16 rows that are fetched meanwhile, a line at each step: there are as many steps as lines.
-template <int H, typename T>
-[[gnu::noinline]] void score_tile(const float* query, const T* turned, int64_t wide, const T* const* next, float scale,
-                                  float* scores) {
-    constexpr int kStep = 4 / sizeof(T);
+// scores[h][j] = scale * query[h] . latent j, of H heads and 16 positions. query [factors][H], turned [steps][16][kSize]
+// of `wide` elements. `next`, if not null: 16 rows that are fetched meanwhile, a line at each step: there are as many
+// steps as lines.
+template <int H, typename Form, typename T = typename Form::Latent>
+[[gnu::noinline]] void score_tile(const typename Form::Factor* query, const T* turned, int64_t wide,
+                                  const T* const* next, float scale, float* scores) {
     Vec acc[H];
     for (int h = 0; h < H; ++h) acc[h] = Vec::zero();
     int64_t k = 0;
     for (int j = 0; j < kLanes; ++j) {
         const T* line = next ? next[j] : turned;  // to fetch what is here already costs next to nothing
-        for (const int64_t end = wide * (j + 1) / kLanes; k < end; k += kStep) {
+        for (const int64_t end = wide * (j + 1) / kLanes; k < end; k += Form::kSize) {
             __builtin_prefetch(line, 0, 2);
             line += kLine / sizeof(T);
-            for (int s = kStep - 1; s >= 0; --s) {
-                Vec c;
-                if constexpr (kStep == 2) c = Vec::half(turned, s); else c = Vec::load(turned);
-                for (int h = 0; h < H; ++h) acc[h] = acc[h].fma(Vec::all(query[s * H + h]), c);
-            }
-            query += kStep * H;
-            turned += kStep * kLanes;
+            Form::add(acc, query, 1, H, turned);
+            query += Form::kFactors * H;
+            turned += Form::kSize * kLanes;
         }
     }
     for (int h = 0; h < H; ++h) (acc[h] * Vec::all(scale)).store(scores + h * kPositions);
 }
 
-// sums[h] = sums[h] * keep[h] + sum over j of weights[h][j] * latents(j), 16 values of H heads.
-template <int H, typename F>
-[[gnu::noinline]] void value_tile(const float* weights, const float* keep, F latents, int64_t count, float* sums,
-                                  int64_t stride) {
+// sums[h] = sums[h] * keep[h] + sum over j of weights[h][j] * latents[j], 16 values of H heads. A head's weights are
+// kPositions after those of the one before; latents [steps][16][kSize]. At each step, what is `ahead` elements into the
+// next of `rows` is fetched.
+template <int H, typename Form, typename T = typename Form::Latent>
+[[gnu::noinline]] void value_tile(const typename Form::Factor* weights, const float* keep, const T* latents,
+                                  int64_t steps, const T* const* rows, int64_t ahead, float* sums, int64_t stride) {
     Vec acc[H];
     for (int h = 0; h < H; ++h) acc[h] = Vec::load(sums + h * stride) * Vec::all(keep[h]);
-    for (int64_t j = 0; j < count; ++j) {
-        const Vec c = latents(j);
-        for (int h = 0; h < H; ++h) acc[h] = acc[h].fma(Vec::all(weights[h * kPositions + j]), c);
+    for (int64_t j = 0; j < steps; ++j) {
+        __builtin_prefetch(rows[j * Form::kSize] + ahead);
+        Form::add(acc, weights, kPositions, 1, latents);
+        weights += Form::kFactors;
+        latents += Form::kSize * kLanes;
     }
     for (int h = 0; h < H; ++h) acc[h].store(sums + h * stride);
 }

@@ -5,12 +5,11 @@
 //   bfloat16  [ceil(N/16)][ceil(K/2)][16][2]: two inputs beside each other, the order of vdpbf16ps, in which the second of
 //             a pair is added first
 
+#include "dot_pairs.h"
 #include "integer.h"
 #include "product.h"
 
 namespace {
-
-bool use_pairs = false;  // vdpbf16ps, where it is there and has the bits of fma
 
 template <typename X>
 struct PlainRows {
@@ -81,14 +80,9 @@ struct Floating {
     static inline void add(Vec (&sums)[R][B], const X* x, int64_t x_stride, const W* w, int64_t stride) {
         if constexpr (sizeof(X) == 2) {
 #if defined(__AVX512BF16__)
-            // It rounds after each of its two additions, as fma does, so the bits are those of float inputs; `dr_check`
-            // looks whether this CPU agrees.
-            for (int r = 0; r < R; ++r) {
-                int32_t pair; std::memcpy(&pair, x + r * x_stride, 4);
+            for (int r = 0; r < R; ++r)
                 for (int b = 0; b < B; ++b)
-                    sums[r][b].v = _mm512_dpbf16_ps(sums[r][b].v, (__m512bh)_mm512_loadu_si512(w + b * stride),
-                                                    (__m512bh)_mm512_set1_epi32(pair));
-            }
+                    sums[r][b] = add_pairs(sums[r][b], _mm512_loadu_si512(w + b * stride), x + r * x_stride);
 #endif
         } else {
             for (int s = kStep - 1; s >= 0; --s) {
@@ -121,10 +115,7 @@ int32_t dr_check() {
         for (auto& y : w) y = next();
         for (auto& y : x) y = next();
         for (auto& y : start) { uint32_t bits = uint32_t(next()) << 16 | next(); std::memcpy(&y, &bits, 4); }
-        int32_t pair; std::memcpy(&pair, x, 4);
-        __m512 sum = _mm512_dpbf16_ps(_mm512_loadu_ps(start), (__m512bh)_mm512_loadu_si512(w),
-                                      (__m512bh)_mm512_set1_epi32(pair));
-        _mm512_storeu_ps(got, sum);
+        add_pairs(Vec::load(start), _mm512_loadu_si512(w), x).store(got);
         auto wide = [](uint16_t y) { uint32_t bits = uint32_t(y) << 16; float z; std::memcpy(&z, &bits, 4); return z; };
         for (int i = 0; i < 16; ++i) {
             float expected = std::fma(wide(w[2 * i + 1]), wide(x[1]), start[i]);

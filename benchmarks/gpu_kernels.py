@@ -121,7 +121,7 @@ def attention_work(sequences: int, context: int, **changes: Any) -> Work:
     config = BENCH_MINI
     heads, width, values = config.num_attention_heads, config.latent_width, config.kv_lora_rank
     blocks = context // _BLOCK
-    query = torch.randn(sequences, heads, width)
+    query = torch.randn(sequences, heads, width).bfloat16()
     tables = torch.randperm(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
     rows, positions = torch.arange(sequences, dtype=torch.int32), torch.full((sequences,), context - 1)
     caches = [torch.randn(sequences * context, width).bfloat16() for _ in range(_SETS)]

@@ -159,8 +159,6 @@ class Kernels(ABC):
     """Name of the layout of packed weights, the same for the same bytes; None keeps them out of files."""
     is_capturable: bool = False
     """Whether a step of them can be captured as a CUDA graph: nothing in it waits for the device."""
-    takes_narrow_queries: bool = False
-    """Whether queries of attention may come in the latents' dtype: then values leave in it, too."""
 
     def computing(self) -> AbstractContextManager[None]:
         """Around a step of operators, of these and of torch, in this thread."""
@@ -239,7 +237,7 @@ class Kernels(ABC):
         return False
 
     def turn_query(self, absorbed: Tensor, query: Tensor, rotation: Rotation) -> Tensor | None:
-        """(absorbed [T, H, R], rotation of the last P of query [T, H, N + P]) `-> [T, H, R + P]`, float32."""
+        """(absorbed [T, H, R], rotation of the last P of query [T, H, N + P]) `-> [T, H, R + P]`, of one dtype."""
         return None
 
     def choose_experts(self, scores: Tensor, bias: Tensor | None, choice: Choice) -> tuple[Tensor, Tensor] | None:
@@ -274,8 +272,7 @@ class Kernels(ABC):
     ) -> Tensor:
         """Absorbed MLA: every head attends to the same latents of positions `0..positions[t]`.
 
-        query [T, H, width] float32; cache [slots, width]; block_tables [S, max_blocks] int32; sequence_rows [T] int32;
-        positions [T] int64 `-> [T, H, value_width]` float32, values being the first `value_width` of each latent. With
-        `takes_narrow_queries` query and result may have the cache's dtype. `native.py` and the GPU round queries and
-        weights of positions to that dtype.
+        query [T, H, width] and cache [slots, width] of one dtype; block_tables [S, max_blocks] int32; sequence_rows [T]
+        int32; positions [T] int64 `-> [T, H, value_width]` of that dtype, values being the first `value_width` of each
+        latent. Sums are in float32; weights of positions may be rounded to the dtype.
         """

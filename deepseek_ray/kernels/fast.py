@@ -66,11 +66,11 @@ class FastKernels(Kernels):
             reach = positions[tokens]
             context = torch.arange(int(reach.max()) + 1, device=cache.device)
             blocks = block_tables[sequence.long()][context // block_size].long()
-            latents = cache[blocks * block_size + context % block_size].to(query.dtype)
-            scores = query[tokens] @ latents.T * scale
+            latents = cache[blocks * block_size + context % block_size].float()
+            scores = query[tokens].float() @ latents.T * scale
             future = context > reach[:, None, None]
             weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
-            out[tokens] = weights @ latents[:, :value_width]
+            out[tokens] = (weights @ latents[:, :value_width]).to(out.dtype)
         return out
 
 

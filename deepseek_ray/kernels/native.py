@@ -248,8 +248,9 @@ class NativeKernels(NativeSteps):
         scale: float,
     ) -> Tensor:
         assert query.is_contiguous() and cache.is_contiguous() and block_tables.is_contiguous()
+        assert query.dtype == cache.dtype, (query.dtype, cache.dtype)
         tokens, heads, width = query.shape
-        out = torch.empty(tokens, heads, value_width)
+        out = torch.empty(tokens, heads, value_width, dtype=query.dtype)
         self._library.dr_latent_attention(
             ctypes.c_void_p(query.data_ptr()),
             ctypes.c_void_p(cache.data_ptr()),

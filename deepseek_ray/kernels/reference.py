@@ -69,7 +69,7 @@ class ReferenceKernels(Kernels):
             context = torch.arange(int(positions[token]) + 1, device=cache.device)
             blocks = block_tables[sequence_rows[token].long()][context // block_size].long()
             latents = cache[blocks * block_size + context % block_size].float()
-            weights = (query[token] @ latents.T * scale).softmax(dim=-1)
+            weights = (query[token].float() @ latents.T * scale).softmax(dim=-1)
             out[token] = weights @ latents[:, :value_width]
         return out
 

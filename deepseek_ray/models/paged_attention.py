@@ -38,15 +38,15 @@ class LatentAttention:
 
     def _attend(self, normed: Tensor, step: Step, latents: Tensor) -> Tensor:
         config, kernels, own = self._config, self._kernels, self._weights
-        wide = normed.dtype if kernels.takes_narrow_queries else torch.float32
-        query = kernels.linear(self._query_input(normed), own.q, wide)
+        query = kernels.linear(self._query_input(normed), own.q)
         query = query.view(normed.shape[0], config.num_attention_heads, config.qk_head_dim)
         nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         absorbed = kernels.per_head_linear(nope, own.w_uk)
         turned = kernels.turn_query(absorbed, query, step.rotation)
         if turned is None:
             cos, sin, interleaved = step.rotation
-            turned = torch.cat([absorbed, apply_rope(rope, cos[:, None], sin[:, None], interleaved)], dim=-1)
+            rope = apply_rope(rope.float(), cos[:, None], sin[:, None], interleaved)
+            turned = torch.cat([absorbed, rope.to(absorbed.dtype)], dim=-1)
         mixed = kernels.latent_attention(
             turned,
             latents,
@@ -57,7 +57,7 @@ class LatentAttention:
             config.kv_lora_rank,
             own.softmax_scale,
         )
-        values = kernels.per_head_linear(mixed, own.w_uv, normed.dtype)
+        values = kernels.per_head_linear(mixed, own.w_uv)
         return biased(kernels, values.flatten(1), own.o, own.o_bias)
 
     def _query_input(self, normed: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def paged_case(
     blocks = -(-longest // block_size)
     tables = torch.randperm(2 * blocks, generator=torch.Generator().manual_seed(7)).to(torch.int32).view(2, blocks)
     return {
-        "query": random(tokens, widths.heads, widths.key, seed=seed),
+        "query": random(tokens, widths.heads, widths.key, dtype=dtype, seed=seed),
         "cache": random(2 * blocks * block_size, widths.key, dtype=dtype, seed=3),
         "block_tables": tables,
         "sequence_rows": torch.arange(tokens, dtype=torch.int32) % 2,

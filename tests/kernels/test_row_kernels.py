@@ -262,14 +262,11 @@ def test_attention_has_the_same_bits_when_threads_divide_a_context(native: Nativ
     torch.testing.assert_close(whole, ReferenceKernels().latent_attention(**case), **tolerance(dtype))
 
 
-def test_attention_rounds_queries_and_weights_to_the_type_of_latents(native: NativeKernels) -> None:
-    """Alike latents: whatever the weights are, rounded or not, they must add up to what they are divided by."""
+def test_values_that_are_alike_come_out_unchanged(native: NativeKernels) -> None:
+    """Whatever the weights of positions are, rounded or not, they add up to what the values are divided by."""
     case = paged_case(torch.bfloat16, 5, longest=300)
-    rounded = {**case, "query": case["query"].bfloat16().float()}
-    assert torch.equal(native.latent_attention(**case), native.latent_attention(**rounded))
     case["cache"][:, :32] = case["cache"][0, :32]
-    alike = case["cache"][0, :32].float().expand(5, 6, 32)
-    torch.testing.assert_close(native.latent_attention(**case), alike, rtol=1e-5, atol=1e-6)
+    assert torch.equal(native.latent_attention(**case), case["cache"][0, :32].expand(5, 6, 32))
 
 
 def test_the_invariance_test_can_fail() -> None:

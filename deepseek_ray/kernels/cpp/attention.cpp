@@ -6,8 +6,8 @@
 // and on its context alone, never on the batch, on other heads or on the threads.
 //
 // A score takes its products in the order of the width, one position in each lane; a value takes them in the order of
-// positions; of two bfloat16 the second comes first. Queries and weights are rounded to bfloat16 where latents are, and
-// the sum of weights is of the rounded ones. Latents come from memory once: those of a block stay as they are in the
+// positions; of two bfloat16 the second comes first. Weights are rounded to bfloat16 where queries and latents are, and
+// their sum is of the rounded ones. Latents come from memory once: those of a block stay as they are in the
 // second-level cache, the 16 whose scores are computed in the first-level cache.
 
 #include "attention_tiles.h"
@@ -42,7 +42,7 @@ struct Heads {
     float *sums, *top, *total;  // of the part at hand
     int64_t heads, width, wide, values;
 
-    void start(const float* from, int64_t number, int64_t key_width, int64_t value_width) {
+    void start(const T* from, int64_t number, int64_t key_width, int64_t value_width) {
         heads = number, width = key_width, wide = padded(width), values = padded(value_width);
         turned.resize(size_t(wide * kLanes));
         stripe.resize(size_t(kPositions * kLanes));
@@ -54,10 +54,8 @@ struct Heads {
         for_groups(heads, [&](int64_t first, auto number) {
             Factor* to = query.data() + first * factors;
             for (int h = 0; h < number; ++h) {
-                for (int64_t k = 0; k < wide; k += kLanes)
-                    Form::rounded(load_some(from + (first + h) * width + k, width - k, kFloat32)).store(row.data() + k);
-                const Factor* packed = Form::packed(row.data(), wide);
-                for (int64_t i = 0; i < factors; ++i) to[i * number + h] = packed[i];
+                const Factor* own = Form::factors_of(from + (first + h) * width, width, wide, row.data());
+                for (int64_t i = 0; i < factors; ++i) to[i * number + h] = own[i];
             }
         });
     }
@@ -143,7 +141,7 @@ struct Context {
 };
 
 // out [heads, value_width] from the results of all parts of a context.
-void merge(float* results, int64_t parts, int64_t heads, int64_t value_width, float* out) {
+void merge(float* results, int64_t parts, int64_t heads, int64_t value_width, int32_t dtype, void* out) {
     const int64_t values = padded(value_width), size = Result::size(heads, values);
     for (int64_t h = 0; h < heads; ++h) {
         float share[kLanes], total = 0.0f;
@@ -156,21 +154,21 @@ void merge(float* results, int64_t parts, int64_t heads, int64_t value_width, fl
             Vec y = Vec::zero();
             for (int64_t p = 0; p < parts; ++p)
                 y = y.fma(Vec::all(share[p]), Vec::load(results + p * size + h * values + i));
-            store_some(y / Vec::all(total), out + h * value_width + i, value_width - i, kFloat32);
+            store_some(y / Vec::all(total), at(out, h * value_width + i, dtype), value_width - i, dtype);
         }
     }
 }
 
 // One call; see dr_latent_attention.
 struct Attention {
-    const float* query;
+    const void* query;
     const void* cache;
-    int32_t cache_dtype;
+    int32_t dtype;
     const int32_t* block_tables;
     int64_t max_blocks, block_size;
     const int32_t* sequence_rows;
     const int64_t* positions;
-    float* out;
+    void* out;
     int64_t tokens, heads, width, value_width;
     float scale;
 
@@ -182,7 +180,7 @@ struct Attention {
 
     // The parts [first, last) of a token's context, with the result of part p at results + p * size().
     void attend(int64_t token, int64_t first, int64_t last, float* results) const {
-        if (cache_dtype == kFloat32) return attend_in<Floats<float>>(token, first, last, results);
+        if (dtype == kFloat32) return attend_in<Floats<float>>(token, first, last, results);
 #if defined(__AVX512BF16__)
         if (use_pairs) return attend_in<Pairs>(token, first, last, results);
 #endif
@@ -193,7 +191,7 @@ struct Attention {
     void attend_in(int64_t token, int64_t first, int64_t last, float* results) const {
         thread_local Heads<Form> state_of_thread;
         Heads<Form>& state = state_of_thread;  // looked up once
-        state.start(query + token * heads * width, heads, width, value_width);
+        state.start(static_cast<const T*>(query) + token * heads * width, heads, width, value_width);
         const int32_t* table = block_tables + int64_t(sequence_rows[token]) * max_blocks;
         const Context<T> rows{static_cast<const T*>(cache), table, block_size, width, context(token)};
         const int64_t length = part_length(context(token));
@@ -204,7 +202,7 @@ struct Attention {
     }
 
     void finish(int64_t token, float* results) const {
-        merge(results, parts(token), heads, value_width, out + token * heads * value_width);
+        merge(results, parts(token), heads, value_width, dtype, at(out, token * heads * value_width, dtype));
     }
 
     void run_whole(int32_t threads) const {
@@ -233,14 +231,14 @@ struct Attention {
 
 extern "C" {
 
-// query [tokens, heads, width] float32; cache [slots, width]; out [tokens, heads, value_width] float32
+// query [tokens, heads, width], cache [slots, width] and out [tokens, heads, value_width] of one dtype;
 // block_tables [sequences, max_blocks]; sequence_rows [tokens]; positions [tokens]
-void dr_latent_attention(const float* query, const void* cache, int32_t cache_dtype, const int32_t* block_tables,
+void dr_latent_attention(const void* query, const void* cache, int32_t dtype, const int32_t* block_tables,
                          int64_t max_blocks, int64_t block_size, const int32_t* sequence_rows,
-                         const int64_t* positions, float* out, int64_t tokens, int64_t heads, int64_t width,
+                         const int64_t* positions, void* out, int64_t tokens, int64_t heads, int64_t width,
                          int64_t value_width, float scale, int32_t threads) {
-    const Attention call{query, cache, cache_dtype, block_tables, max_blocks, block_size, sequence_rows, positions, out,
-                         tokens, heads, width, value_width, scale};
+    const Attention call{query, cache, dtype, block_tables, max_blocks, block_size, sequence_rows, positions, out, tokens,
+                         heads, width, value_width, scale};
     int64_t work = 0;
     for (int64_t t = 0; t < tokens; ++t) work += call.context(t) * heads * (width + value_width);
     if (work < kSmallWork) threads = 1;

@@ -1,8 +1,7 @@
 // The two products of attention over latents, as outer products: some heads by 16 lanes, whose sums stay in registers.
 //
 // Latents come in steps: one float32 or two bfloat16 of each lane, of which the second is added first. What they meet,
-// elements of a query or weights of positions, are factors: floats, rounded to bfloat16 where latents are, or pairs of
-// bfloat16 for vdpbf16ps, which give the same bits.
+// elements of a query or weights of positions, are factors: floats, or pairs of bfloat16 for vdpbf16ps with the same bits.
 
 #pragma once
 
@@ -45,6 +44,12 @@ struct Floats {
     using Factor = float;
     static constexpr int kSize = 4 / sizeof(T), kFactors = kSize;  // of a step
 
+    // A row of a query, with zeros up to `wide`; `room` is as wide.
+    static const float* factors_of(const T* row, int64_t width, int64_t wide, float* room) {
+        for (int64_t k = 0; k < wide; k += kLanes)
+            load_some(row + k, width - k, kSize == 1 ? kFloat32 : kBfloat16).store(room + k);
+        return room;
+    }
     static Vec rounded(Vec x) {
         if constexpr (kSize == 1) return x;
         uint16_t narrow[kLanes];
@@ -70,8 +75,14 @@ struct Pairs {
     using Factor = Pair;
     static constexpr int kSize = 2, kFactors = 1;
 
+    static const Pair* factors_of(const uint16_t* row, int64_t width, int64_t wide, float* room) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(room);
+        std::copy_n(row, width, to);
+        std::fill(to + width, to + wide, uint16_t(0));
+        return reinterpret_cast<const Pair*>(room);
+    }
     static Vec rounded(Vec x) { return Floats<uint16_t>::rounded(x); }
-    // In place, of rounded factors; their number is a multiple of 16.
+    // In place, of rounded weights; their number is a multiple of 16.
     static Pair* packed(float* factors, int64_t count) {
         uint16_t* to = reinterpret_cast<uint16_t*>(factors);
         for (int64_t i = 0; i < count; i += kLanes) Vec::load(factors + i).store(to + i);

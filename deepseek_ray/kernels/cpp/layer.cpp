@@ -118,26 +118,27 @@ struct Maker {
 
 // Queries [tokens, heads, rank + 2 * half] that meet latents: absorbed by W_uk, and rotated.
 Rows turned_queries(const Maker& make, const AttentionWeights& own, const Step& step, View normed) {
-    const auto wide = [&](View x) { return make.linear(x, own.q, kFloat32); };
     const auto narrow = [&] {
         const Rows compressed = make.biased(normed, own.q_a, own.q_a_bias);
         return make.norm(compressed, compressed.width, own.q_norm, own.latent_eps);
     };
-    const Rows query = own.q_a.data ? wide(narrow()) : wide(normed);
+    const int32_t dtype = normed.dtype;
+    const Rows query = own.q_a.data ? make.linear(narrow(), own.q, dtype) : make.linear(normed, own.q, dtype);
     const int64_t width = query.width / own.heads, rank = own.w_uk.num_out, turned = rank + 2 * step.half;
-    Rows out = make.rows(own.heads * turned, kFloat32);
-    make.per_head(query, width, own.w_uk, own.heads, out.data(), turned, kFloat32);
-    dr_turn_queries(query.floats(), make.tokens, own.heads, width, rank, step.half, step.cosine, step.sine,
-                    step.interleaved, out.floats(), make.threads);
+    Rows out = make.rows(own.heads * turned, dtype);
+    make.per_head(query, width, own.w_uk, own.heads, out.data(), turned, dtype);
+    dr_turn_queries(query.data(), dtype, make.tokens, own.heads, width, rank, step.half, step.cosine, step.sine,
+                    step.interleaved, out.data(), make.threads);
     return out;
 }
 
 Rows attended_values(const Maker& make, const AttentionWeights& own, const Step& step, const Rows& query,
-                     const void* latents, int32_t dtype) {
+                     const void* latents) {
     const int64_t rank = own.w_uv.num_in;
-    const Rows mixed = make.rows(own.heads * rank, kFloat32);
-    dr_latent_attention(query.floats(), latents, dtype, step.block_tables, step.max_blocks, step.block_size,
-                        step.sequence_rows, step.positions, mixed.floats(), make.tokens, own.heads,
+    const int32_t dtype = query.dtype;
+    const Rows mixed = make.rows(own.heads * rank, dtype);
+    dr_latent_attention(query.data(), latents, dtype, step.block_tables, step.max_blocks, step.block_size,
+                        step.sequence_rows, step.positions, mixed.data(), make.tokens, own.heads,
                         query.width / own.heads, rank, own.softmax_scale, make.threads);
     Rows values = make.rows(own.heads * own.w_uv.num_out, dtype);
     make.per_head(mixed, rank, own.w_uv, own.heads, values.data(), own.w_uv.num_out, dtype);
@@ -161,7 +162,7 @@ void dr_attention(const AttentionWeights* own, const Step* step, const void* x, 
                          own->latent_eps, step->cosine, step->sine, step->interleaved, step->slots, latents, threads);
     }
     const Rows query = turned_queries(make, *own, *step, input);
-    const Rows values = attended_values(make, *own, *step, query, latents, dtype);
+    const Rows values = attended_values(make, *own, *step, query, latents);
     const Rows output = make.biased(values, own->o, own->o_bias);
     pool::run(make.tokens, make.tokens * width > kSmallWork ? threads : 1, [&](int64_t t) {
         for (int64_t i = 0; i < width; i += kLanes) {

@@ -39,12 +39,13 @@ void dr_scores(float* logits, int64_t rows, int64_t width, int32_t kind);
 void dr_write_latents(const void* kv, int64_t stride, int32_t dtype, int64_t tokens, int64_t rank, int64_t half,
                       const float* weight, float eps, const float* cosine, const float* sine, int32_t interleaved,
                       const int64_t* slots, void* latents, int32_t threads);
-void dr_turn_queries(const float* query, int64_t tokens, int64_t heads, int64_t width, int64_t rank, int64_t half,
-                     const float* cosine, const float* sine, int32_t interleaved, float* out, int32_t threads);
+void dr_turn_queries(const void* query, int32_t dtype, int64_t tokens, int64_t heads, int64_t width, int64_t rank,
+                     int64_t half, const float* cosine, const float* sine, int32_t interleaved, void* out,
+                     int32_t threads);
 // attention.cpp
-void dr_latent_attention(const float* query, const void* cache, int32_t cache_dtype, const int32_t* block_tables,
+void dr_latent_attention(const void* query, const void* cache, int32_t dtype, const int32_t* block_tables,
                          int64_t max_blocks, int64_t block_size, const int32_t* sequence_rows,
-                         const int64_t* positions, float* out, int64_t tokens, int64_t heads, int64_t width,
+                         const int64_t* positions, void* out, int64_t tokens, int64_t heads, int64_t width,
                          int64_t value_width, float scale, int32_t threads);
 // moe.cpp
 void dr_choose_experts(const float* scores, const float* bias, int64_t tokens, int64_t num_experts, int64_t top_k,

@@ -27,7 +27,6 @@ class GpuKernels(FastKernels):
 
     name = "Triton and torch, whole batches"
     is_capturable = True
-    takes_narrow_queries = True
 
     def __init__(self) -> None:
         try:

@@ -19,11 +19,11 @@ constexpr int kLargestInput = 63;
 static_assert(2 * 255 * kLargestInput < 1 << 15);
 
 // Sixteen 32-bit integers, each the sum of products of bytes: of those of weights, 0 to 255, with those of inputs, of which
-// four are the same for all lanes.
+// four are the same for all lanes. `first` is what a sum has beside them: it is added where that costs least.
 #if defined(__AVX512VNNI__)
 struct Dots {
     __m512i v;
-    static inline Dots zero() { return {_mm512_setzero_si512()}; }
+    static inline Dots start(int32_t first) { return {_mm512_set1_epi32(first)}; }
     inline void add_bytes(const uint32_t* w, int32_t inputs) {
         v = _mm512_dpbusd_epi32(v, _mm512_loadu_si512(w), _mm512_set1_epi32(inputs));
     }
@@ -34,13 +34,12 @@ struct Dots {
         v = _mm512_dpbusd_epi32(v, half, _mm512_set1_epi32(inputs));
     }
     inline Dots widened() const { return *this; }
-    inline Dots minus(int32_t x) const { return {_mm512_sub_epi32(v, _mm512_set1_epi32(x))}; }
-    inline Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+    inline Vec to_float(int32_t) const { return {_mm512_cvtepi32_ps(v)}; }
 };
 #elif defined(__AVX2__)
 struct Dots {
     __m256i lo, hi;
-    static inline Dots zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static inline Dots start(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
     static inline __m256i plus_bytes8(__m256i sums, __m256i raw, __m256i x) {
         return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(raw, x), _mm256_set1_epi16(1)));
     }
@@ -64,21 +63,19 @@ struct Dots {
         const __m256i one = _mm256_set1_epi16(1);
         return {_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, one)};
     }
-    inline Dots minus(int32_t x) const {
-        return {_mm256_sub_epi32(lo, _mm256_set1_epi32(x)), _mm256_sub_epi32(hi, _mm256_set1_epi32(x))};
-    }
-    inline Vec to_float() const {
+    inline Vec to_float(int32_t first) const {
+        const __m256i x = _mm256_set1_epi32(first), low = _mm256_add_epi32(lo, x), high = _mm256_add_epi32(hi, x);
 #if defined(__AVX512F__)
-        return {_mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1))};
+        return {_mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1))};
 #else
-        return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)};
+        return {_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)};
 #endif
     }
 };
 #else
 struct Dots {
     int32_t v[kLanes];
-    static inline Dots zero() { return Dots{}; }
+    static inline Dots start(int32_t) { return Dots{}; }
     static inline int byte(uint32_t x, int i) { return int8_t(x >> (8 * i)); }
     inline void add_bytes(const uint32_t* w, int32_t inputs) {
         for (int l = 0; l < kLanes; ++l)
@@ -89,29 +86,30 @@ struct Dots {
             for (int i = 0; i < 4; ++i) v[l] += int(w[l] >> (8 * i + 4 * high) & 15) * byte(uint32_t(inputs), i);
     }
     inline Dots widened() const { return *this; }
-    inline Dots minus(int32_t x) const { Dots r = *this; for (int32_t& y : r.v) y -= x; return r; }
-    inline Vec to_float() const {
+    inline Vec to_float(int32_t first) const {
         float y[kLanes];
-        for (int i = 0; i < kLanes; ++i) y[i] = float(v[i]);
+        for (int i = 0; i < kLanes; ++i) y[i] = float(v[i] + first);
         return Vec::load(y);
     }
 };
 #endif
 
 struct RoundedRows {
-    const int8_t* values;  // [rows][stride]
-    const float* scales;   // [rows][stride / 32]
-    const int32_t* sums;   // of the values: [rows][stride / 32]
+    const int8_t* values;   // [rows][stride]
+    const float* scales;    // [rows][stride / 32]
+    const int32_t* firsts;  // what the sums of products begin with: [rows][stride / 32]
     int64_t stride;
     RoundedRows from(int64_t row) const {
-        return {values + row * stride, scales + row * (stride / kGroup), sums + row * (stride / kGroup), stride};
+        return {values + row * stride, scales + row * (stride / kGroup), firsts + row * (stride / kGroup), stride};
     }
 };
 
+// `More` is what bytes of weights have more than the weights.
+template <int More>
 struct RoundedStore {
     std::vector<int8_t> values;
     std::vector<float> scales;
-    std::vector<int32_t> sums;
+    std::vector<int32_t> firsts;
     int64_t stride = 0;
 
     void make_room(int64_t rows, int64_t K) {
@@ -119,7 +117,7 @@ struct RoundedStore {
         if (values.size() >= size_t(rows * stride)) return;
         values.resize(size_t(rows * stride));
         scales.resize(size_t(rows * stride / kGroup));
-        sums.resize(size_t(rows * stride / kGroup));
+        firsts.resize(size_t(rows * stride / kGroup));
     }
     void put(int64_t row, const void* from, int32_t dtype, int64_t K) {
         for (int64_t g = 0; g < stride / kGroup; ++g) {
@@ -140,7 +138,7 @@ struct RoundedStore {
             }
             // What is not finite stays so: it must not come out as a number.
             scales[row * (stride / kGroup) + g] = std::isfinite(largest) && !has_nan(scaled) ? scale : NAN;
-            sums[row * (stride / kGroup) + g] = sum;
+            firsts[row * (stride / kGroup) + g] = -More * sum;
         }
     }
     static bool has_nan(const float* scaled) {
@@ -148,7 +146,7 @@ struct RoundedStore {
         for (int64_t i = 0; i < kGroup; ++i) found |= scaled[i] != scaled[i];
         return found;
     }
-    RoundedRows rows(int64_t first) const { return RoundedRows{values.data(), scales.data(), sums.data(), stride}.from(first); }
+    RoundedRows rows(int64_t first) const { return RoundedRows{values.data(), scales.data(), firsts.data(), stride}.from(first); }
 };
 
 template <int Bits>
@@ -156,10 +154,10 @@ struct Integer {
     static constexpr int64_t kUnits = kGroup * Bits / 32;  // of 4 bytes, for 32 inputs of an output
     static constexpr int kMaxRows = 6, kAloneRows = kMaxRows;
     // With few rows it pays to read several blocks at a time, though not all sums stay in sixteen registers then.
-    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? (rows <= 2 ? 4 : 2) : few_registers_blocks(rows); }
+    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? (rows <= 2 ? 4 : rows <= 4 ? 3 : 2) : few_registers_blocks(rows); }
     using Weight = uint32_t;
     using Rows = RoundedRows;
-    using Store = RoundedStore;
+    using Store = RoundedStore<1 << (Bits - 1)>;
 
     static bool takes(const Call&) { return false; }
     static Rows rows_at(const void*, int64_t) { return {}; }
@@ -178,7 +176,8 @@ struct Integer {
         carry.load(sums, k0 == 0);
         for (int64_t g = k0 / kGroup; g < (k1 + kGroup - 1) / kGroup; ++g) {
             Dots dots[R][B];
-            for (int b = 0; b < B; ++b) for (int r = 0; r < R; ++r) dots[r][b] = Dots::zero();
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) dots[r][b] = Dots::start(x.firsts[r * (x.stride / kGroup) + g]);
             for (int64_t u = 0; u < kUnits; ++u) {
                 const uint32_t* units = w + (g * kUnits + u) * kLanes;
                 for (int b = 0; b < B; ++b) fetch_ahead(units + b * stride);
@@ -199,11 +198,11 @@ struct Integer {
                 const int64_t place = r * (x.stride / kGroup) + g;
                 for (int b = 0; b < B; ++b) {
                     if constexpr (Bits == 8) {
-                        Vec dot = dots[r][b].minus(128 * x.sums[place]).to_float();
+                        Vec dot = dots[r][b].to_float(x.firsts[place]);
                         sums[r][b] = sums[r][b].fma(dot, Vec::all(x.scales[place]));
                     } else {
                         Vec scale = Vec::load(static_cast<const uint16_t*>(scales) + (b * groups(K) + g) * kLanes);
-                        Vec dot = dots[r][b].widened().minus(8 * x.sums[place]).to_float();
+                        Vec dot = dots[r][b].widened().to_float(x.firsts[place]);
                         sums[r][b] = sums[r][b].fma(dot, scale * Vec::all(x.scales[place]));
                     }
                 }

@@ -108,10 +108,11 @@ struct Product {
     // All rows against the blocks [first, last). Rows are cut into panels, panels into tiles of like heights.
     void run(int64_t first, int64_t last) const {
         thread_local std::vector<float> sums;
-        const int64_t panels = (rows + kPanel - 1) / kPanel, group = Kind::blocks_of(Kind::kMaxRows);
+        const int64_t panels = (rows + kPanel - 1) / kPanel;
         for (int64_t p = 0; p < panels; ++p) {
             const int64_t begin = rows * p / panels, height = rows * (p + 1) / panels - begin;
             const int64_t tiles = height <= Kind::kAloneRows ? 1 : (height + Kind::kMaxRows - 1) / Kind::kMaxRows;
+            const int64_t group = Kind::blocks_of(int((height + tiles - 1) / tiles));  // of the tallest tile
             const int64_t inputs = tiles > 2 ? kInputs : num_in;
             if (tiles > 2) sums.resize(size_t((last - first) * height * kLanes));
             for (int64_t k0 = 0; k0 < num_in; k0 += inputs)

@@ -68,13 +68,11 @@ class JointCalls:
         layer = calls[0].layer
         try:
             rows = self._once(layer, _joined([call.content for call in calls]))
-            if len(calls) == 1:
-                calls[0].rows = rows
-            elif rows is not None:
+            if rows is not None:
                 parts = rows.split([len(call.content.pair_rows) for call in calls])
                 for call, part in zip(calls, parts, strict=True):
                     call.rows = part
-            else:  # an expert of one of them is not here; the others may be answered
+            elif len(calls) > 1:  # an expert of one of them is not here; the others may be answered
                 for call in calls:
                     call.rows = self._once(layer, call.content)
         except Exception as error:

@@ -45,11 +45,6 @@ class Pairs:
         counts = self.count(expert_ids, len(routes.first))
         return counts, self.plan(expert_ids, self.choose(routes, counts, avoid, reading))
 
-    def read(self, indices: Tensor, rows: int) -> Tensor | None:
-        """indices [2 P] int32 as [2, P] int64; None if one of the first P is not in 0 .. `rows` - 1."""
-        wide = indices.long().view(2, -1)
-        return wide if bool(((wide[0] >= 0) & (wide[0] < rows)).all()) else None
-
     def pick(self, x: Tensor, rows: Tensor) -> Tensor:
         """The rows `rows` [N] int64 of x [T, H] -> [N, H], contiguous."""
         return x[rows.to(x.device)].contiguous()
@@ -74,8 +69,6 @@ class NativePairs(Pairs):
         self._divide = library.dr_divide_pairs
         self._divide.argtypes = [pointer, *[long] * 3, *[pointer] * 4, long, long, *[pointer] * 7]
         self._divide.restype = long
-        self._read = library.dr_read_pairs
-        self._read.argtypes, self._read.restype = [pointer, long, long, pointer], ctypes.c_int32
         self._pick = library.dr_pick_rows
         self._pick.argtypes, self._pick.restype = [pointer, long, pointer, long, long, ctypes.c_int32, pointer], None
         self._put = library.dr_put_rows
@@ -108,10 +101,6 @@ class NativePairs(Pairs):
             *((ctypes.c_int64 * len(avoid))(*avoid), len(avoid), reading, counts.data_ptr(), *room.pointers),
         )
         return counts, room.calls(num_calls)
-
-    def read(self, indices: Tensor, rows: int) -> Tensor | None:
-        wide = torch.empty(2, len(indices) // 2, dtype=torch.int64)
-        return wide if self._read(indices.data_ptr(), wide.shape[1], rows, wide.data_ptr()) else None
 
     def pick(self, x: Tensor, rows: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype not in _DTYPES or x.stride(1) != 1:

@@ -44,16 +44,6 @@ def assert_same_calls(calls: list[ShardCall], expected: list[ShardCall]) -> None
             assert mine.tolist() == theirs.tolist(), name
 
 
-@pytest.mark.parametrize("row", [0, 4, 5, -1, 2**31 - 1, -(2**31)])
-def test_indices_are_read_and_rows_checked(native: NativePairs, row: int) -> None:
-    indices = torch.tensor([0, 4, row, 2, 7, 63, 1, 0], dtype=torch.int32)
-    expected = torch.tensor([[0, 4, row, 2], [7, 63, 1, 0]]) if 0 <= row < 5 else None
-    for pairs in (native, Pairs()):
-        found = pairs.read(indices, 5)
-        assert (found is None) == (expected is None)
-        assert found is None or torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("avoid", [set(), {4}, {1, 9}, {1, 4, 9}])
 def test_the_choice_is_that_of_the_reference(native: NativePairs, seed: int, avoid: set[int]) -> None:

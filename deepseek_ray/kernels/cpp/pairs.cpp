@@ -111,14 +111,6 @@ int64_t dr_divide_pairs(const int64_t* ids, int64_t top_k, int64_t n, int64_t ex
     return dr_plan_calls(ids, top_k, chosen.data(), nullptr, n, asked, num_rows, num_pairs, token_rows, places, indices);
 }
 
-// to [2 n] = from [2 n]; 1 if the first n are in 0 .. rows - 1, 0 otherwise.
-int32_t dr_read_pairs(const int32_t* from, int64_t n, int64_t rows, int64_t* to) {
-    bool inside = true;
-    for (int64_t i = 0; i < n; ++i) inside &= uint64_t(int64_t(from[i])) < uint64_t(rows);
-    for (int64_t i = 0; i < 2 * n; ++i) to[i] = from[i];
-    return inside;
-}
-
 // to [n, width] = the rows `rows` [n] of from, whose rows are `step` elements apart.
 void dr_pick_rows(const void* from, int64_t step, const int64_t* rows, int64_t n, int64_t width, int32_t dtype,
                   void* to) {

@@ -64,7 +64,8 @@ def test_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_latent_attention(dtype: torch.dtype, tokens: int) -> None:
     case = paged_case(dtype, tokens)
-    torch.testing.assert_close(FAST.latent_attention(**case), SLOW.latent_attention(**case), **tolerance(dtype))
+    case["query"] = case["query"].float()  # then results are not rounded, either
+    torch.testing.assert_close(FAST.latent_attention(**case), SLOW.latent_attention(**case), rtol=1e-5, atol=1e-5)
 
 
 def test_deterministic_is_the_default_and_off_takes_torch() -> None:

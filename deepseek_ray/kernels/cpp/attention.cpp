@@ -97,7 +97,7 @@ struct Heads {
             Vec sum = Vec::zero();
             for (int64_t j = 0; j < end; j += kLanes) sum = sum + Vec::load(s + j);
             total[h] = total[h] * keep[h] + sum_lanes(sum);
-            Form::packed(s, end);
+            Form::pack(s, end);
         }
     }
 

@@ -56,7 +56,7 @@ struct Floats {
         x.store(narrow);
         return Vec::load(narrow);
     }
-    static float* packed(float* factors, int64_t) { return factors; }
+    static void pack(float*, int64_t) {}
 
     // Sums of H heads += latents [16][kSize] * factors, those of a head `of_head` after those of the one before.
     template <int H>
@@ -82,11 +82,10 @@ struct Pairs {
         return reinterpret_cast<const Pair*>(room);
     }
     static Vec rounded(Vec x) { return Floats<uint16_t>::rounded(x); }
-    // In place, of rounded weights; their number is a multiple of 16.
-    static Pair* packed(float* factors, int64_t count) {
-        uint16_t* to = reinterpret_cast<uint16_t*>(factors);
-        for (int64_t i = 0; i < count; i += kLanes) Vec::load(factors + i).store(to + i);
-        return reinterpret_cast<Pair*>(factors);
+    // Rounded weights become pairs, in place; their number is a multiple of 16.
+    static void pack(float* weights, int64_t count) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(weights);
+        for (int64_t i = 0; i < count; i += kLanes) Vec::load(weights + i).store(to + i);
     }
     template <int H>
     static inline void add(Vec (&sums)[H], const Pair* factors, int64_t of_head, int64_t, const uint16_t* latents) {

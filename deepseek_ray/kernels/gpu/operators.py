@@ -76,6 +76,5 @@ class GpuKernels(FastKernels):
         value_width: int,
         scale: float,
     ) -> Tensor:
-        """Queries are rounded to the cache's dtype, as the products want them."""
         pages = latents.Pages(cache, block_tables, block_size)
         return latents.attend(query, pages, sequence_rows, positions, value_width, scale)

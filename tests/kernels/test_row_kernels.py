@@ -167,7 +167,7 @@ def assert_attention_equals_the_reference(native: NativeKernels, case: dict[str,
 
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_attention_rounds_as_written(native: NativeKernels, widths: Widths) -> None:
-    """Parts of 256 positions, blocks of 128 with a running maximum, weights rounded to bfloat16 before they are summed."""
+    """Parts of 256 positions, blocks of 128 with a running maximum; weights are rounded before they are summed."""
     case = paged_case(torch.bfloat16, 9, longest=300, widths=widths)
     found, expected = native.latent_attention(**case), torch.empty(9, widths.heads, widths.value)
     for token in range(9):

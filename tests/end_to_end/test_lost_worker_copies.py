@@ -109,11 +109,14 @@ def kill_under_requests(
             resent.setdefault(number, event.index)
         tokens[number] += event.token_ids
         if not struck and min(len(tokens[number]) for number in numbers) >= STRIKE_AFTER:
-            copied = figures(backend, survivor)["kv_blocks_received"] - before["kv_blocks_received"]
-            if copied >= NUM_REQUESTS // 2 * PROMPT_TOKENS // BLOCK_SIZE:  # the workers have been told of each other
+            now = figures(backend, survivor)
+            copied = now["kv_blocks_received"] - before["kv_blocks_received"]
+            # Each worker is told of the other in its own time: the survivor may be the later one.
+            gave = now["kv_blocks_sent"] > before["kv_blocks_sent"]
+            if gave and copied >= NUM_REQUESTS // 2 * PROMPT_TOKENS // BLOCK_SIZE:
                 struck = True
                 kill(pid_of(backend, "attention_worker", victim))
-    assert struck, "the prompts' blocks were not copied in time"
+    assert struck, "the prompts' blocks were not copied in time, or the survivor gave none"
     assert {number: tokens[number] for number in numbers} == {number: expected[number] for number in numbers}
     assert len(resent) == NUM_REQUESTS // 2, "half of them ran there"
 
@@ -126,7 +129,6 @@ def kill_under_requests(
     print(f"{len(resent)} requests looked up, {found:g} tokens found, {computed_again:g} computed again")
     assert 0 < computed_again <= len(resent) * 2 * BLOCK_SIZE
     assert after["kv_blocks_received"] - before["kv_blocks_received"] >= found / BLOCK_SIZE
-    assert after["kv_blocks_sent"] > before["kv_blocks_sent"], "the survivor gave copies, too"
 
 
 def queries(stats: dict[str, float]) -> float:

@@ -9,6 +9,8 @@
 
 #pragma once
 
+#include <numeric>
+
 #include "product.h"
 
 namespace {
@@ -94,6 +96,12 @@ struct Dots {
 };
 #endif
 
+inline int32_t four(const int8_t* inputs) {
+    int32_t all;
+    std::memcpy(&all, inputs, 4);
+    return all;
+}
+
 struct RoundedRows {
     const int8_t* values;   // [rows][stride]
     const float* scales;    // [rows][stride / 32]
@@ -125,26 +133,16 @@ struct RoundedStore {
             Vec low = load_some(at(from, k, dtype), count, dtype), high = Vec::zero();
             if (count > kLanes) high = load_some(at(from, k + kLanes, dtype), count - kLanes, dtype);
             Vec most = low.max(Vec::zero() - low).max(high).max(Vec::zero() - high);
-            const float largest = max_lanes(most), scale = largest / float(kLargestInput);
+            const float scale = max_lanes(most) / float(kLargestInput);
             const Vec inverse = Vec::all(scale > 0 ? 1.0f / scale : 0.0f);
-            float scaled[kGroup];
-            (low * inverse).store(scaled);
-            (high * inverse).store(scaled + kLanes);
             int8_t* to = values.data() + row * stride + k;
-            int32_t sum = 0;
-            for (int64_t i = 0; i < kGroup; ++i) {
-                to[i] = int8_t(std::nearbyint(scaled[i]));
-                sum += to[i];
-            }
-            // What is not finite stays so: it must not come out as a number.
-            scales[row * (stride / kGroup) + g] = std::isfinite(largest) && !has_nan(scaled) ? scale : NAN;
-            firsts[row * (stride / kGroup) + g] = -More * sum;
+            (low * inverse).store(to);
+            (high * inverse).store(to + kLanes);
+            // What is not finite stays so: it must not come out as a number. Times 0, it is none.
+            const float zero = sum_lanes(low * Vec::zero() + high * Vec::zero());
+            scales[row * (stride / kGroup) + g] = zero == 0.0f ? scale : NAN;
+            firsts[row * (stride / kGroup) + g] = -More * std::accumulate(to, to + kGroup, 0);
         }
-    }
-    static bool has_nan(const float* scaled) {
-        bool found = false;
-        for (int64_t i = 0; i < kGroup; ++i) found |= scaled[i] != scaled[i];
-        return found;
     }
     RoundedRows rows(int64_t first) const { return RoundedRows{values.data(), scales.data(), firsts.data(), stride}.from(first); }
 };
@@ -152,9 +150,12 @@ struct RoundedStore {
 template <int Bits>
 struct Integer {
     static constexpr int64_t kUnits = kGroup * Bits / 32;  // of 4 bytes, for 32 inputs of an output
-    static constexpr int kMaxRows = 6, kAloneRows = kMaxRows;
-    // With few rows it pays to read several blocks at a time, though not all sums stay in sixteen registers then.
-    static constexpr int blocks_of(int rows) { return kRegisters == 32 ? (rows <= 2 ? 4 : rows <= 4 ? 3 : 2) : few_registers_blocks(rows); }
+    static constexpr bool kMany = kRegisters == 32;
+    static constexpr int kMaxRows = 6, kAloneRows = kMany ? 12 : kMaxRows;
+    // With few rows it pays to read several blocks at a time, though not all sums stay in registers then.
+    static constexpr int blocks_of(int rows) {
+        return !kMany ? few_registers_blocks(rows) : rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= kMaxRows ? 2 : 1;
+    }
     using Weight = uint32_t;
     using Rows = RoundedRows;
     using Store = RoundedStore<1 << (Bits - 1)>;
@@ -180,16 +181,15 @@ struct Integer {
                 for (int b = 0; b < B; ++b) dots[r][b] = Dots::start(x.firsts[r * (x.stride / kGroup) + g]);
             for (int64_t u = 0; u < kUnits; ++u) {
                 const uint32_t* units = w + (g * kUnits + u) * kLanes;
-                for (int b = 0; b < B; ++b) fetch_ahead(units + b * stride);
+                for (int b = 0; b < B; ++b) fetch_ahead<B>(units + b * stride);
                 for (int r = 0; r < R; ++r) {
-                    int32_t inputs[2];
-                    std::memcpy(inputs, x.values + r * x.stride + g * kGroup + u * (kGroup / kUnits), 32 / kUnits);
+                    const int8_t* inputs = x.values + r * x.stride + g * kGroup + u * (kGroup / kUnits);
                     for (int b = 0; b < B; ++b) {
                         if constexpr (Bits == 8) {
-                            dots[r][b].add_bytes(units + b * stride, inputs[0]);
+                            dots[r][b].add_bytes(units + b * stride, four(inputs));
                         } else {
-                            dots[r][b].add_half(units + b * stride, false, inputs[0]);
-                            dots[r][b].add_half(units + b * stride, true, inputs[1]);
+                            dots[r][b].add_half(units + b * stride, false, four(inputs));
+                            dots[r][b].add_half(units + b * stride, true, four(inputs + 4));
                         }
                     }
                 }

@@ -43,6 +43,9 @@ struct Vec {
         __m512i kept = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
     }
+    inline void store(int8_t* p) const {  // the nearest whole numbers, which bytes can hold; ties to even
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
     inline Vec fma(Vec a, Vec b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }  // this + a * b
     inline Vec operator*(Vec o) const { return {_mm512_mul_ps(v, o.v)}; }
     inline Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }
@@ -87,6 +90,12 @@ struct Vec {
         __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(lo), rounded(hi)), 0xd8);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
     }
+    inline void store(int8_t* p) const {
+        __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(lo), _mm256_cvtps_epi32(hi));
+        __m256i order = _mm256_permute4x64_epi64(both, 0xd8);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                         _mm_packs_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1)));
+    }
     inline Vec fma(Vec a, Vec b) const { return {_mm256_fmadd_ps(a.lo, b.lo, lo), _mm256_fmadd_ps(a.hi, b.hi, hi)}; }
     inline Vec operator*(Vec o) const { return {_mm256_mul_ps(lo, o.lo), _mm256_mul_ps(hi, o.hi)}; }
     inline Vec operator+(Vec o) const { return {_mm256_add_ps(lo, o.lo), _mm256_add_ps(hi, o.hi)}; }
@@ -121,6 +130,7 @@ struct Vec {
             p[i] = uint16_t((nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
         }
     }
+    inline void store(int8_t* p) const { for (int i = 0; i < kLanes; ++i) p[i] = int8_t(std::nearbyint(v[i])); }
     inline Vec fma(Vec a, Vec b) const { return each([&](int i) { return std::fma(a.v[i], b.v[i], v[i]); }); }
     inline Vec operator*(Vec o) const { return each([&](int i) { return v[i] * o.v[i]; }); }
     inline Vec operator+(Vec o) const { return each([&](int i) { return v[i] + o.v[i]; }); }
@@ -173,9 +183,23 @@ inline float sum_lanes(Vec x) {
     return t[0];
 #endif
 }
+// By the same tree. Where one of two is no number, the second is taken.
 inline float max_lanes(Vec x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x.v),
+                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1)));
+#else
+    __m256 eight = _mm256_max_ps(x.lo, x.hi);
+#endif
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
     float t[kLanes]; x.store(t);
-    return *std::max_element(t, t + kLanes);
+    for (int step = 8; step; step >>= 1) for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
+    return t[0];
+#endif
 }
 
 // Cephes expf: range reduction by ln 2 in two parts, degree-5 polynomial. Below -87.3 it is 0, above 88.37 very large;

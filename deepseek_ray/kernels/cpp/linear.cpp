@@ -68,7 +68,7 @@ struct Floating {
         Vec sums[R][B];
         carry.load(sums, k0 == 0);
         for (int64_t k = k0; k < k1; k += kStep) {
-            for (int b = 0; b < B; ++b) fetch_ahead(w + b * stride + k * kLanes);
+            for (int b = 0; b < B; ++b) fetch_ahead<B>(w + b * stride + k * kLanes);
             add<R, B>(sums, x.data + k, x.stride, w + k * kLanes, stride);
         }
         if (!out) return carry.keep(sums);

@@ -29,8 +29,8 @@ class FastKernels(Kernels):
         return _product(x, weight).to(out_dtype or x.dtype)
 
     def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
-        assert weight.scales is None, "heads are not quantised"
-        heads = torch.bmm(x.to(weight.data.dtype).transpose(0, 1), matrices(weight).transpose(1, 2))
+        dtype = _dtype(x, weight)
+        heads = torch.bmm(x.to(dtype).transpose(0, 1), matrices(weight, dtype).transpose(1, 2))
         return heads.transpose(0, 1).to(out_dtype or x.dtype)
 
     def grouped_linear(self, x: Tensor, weights: Sequence[PackedWeight], rows: Sequence[int]) -> Tensor:
@@ -75,6 +75,11 @@ class FastKernels(Kernels):
 
 
 def _product(x: Tensor, weight: PackedWeight) -> Tensor:
-    """`[T, K] -> [T, N]` in the weight's dtype, or in x's where it holds integers."""
-    dtype = weight.data.dtype if weight.scales is None else x.dtype
+    """`[T, K] -> [T, N]`."""
+    dtype = _dtype(x, weight)
     return F.linear(x.to(dtype), matrices(weight, dtype)[0])
+
+
+def _dtype(x: Tensor, weight: PackedWeight) -> torch.dtype:
+    """What a product is computed in: the weight's dtype, or x's where the weight holds integers."""
+    return weight.data.dtype if weight.scales is None else x.dtype

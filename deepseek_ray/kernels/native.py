@@ -59,8 +59,7 @@ class NativeKernels(NativeSteps):
 
     def pack(self, weights: Sequence[Tensor], quantization: Quantization | None = None) -> PackedWeight:
         if quantization is not None:
-            (weight,) = weights
-            return self._pack_integers(weight, quantization)
+            return self._pack_integers(weights, quantization)
         num_out, num_in = weights[0].shape
         dtype = weights[0].dtype
         blocks, inputs = -(-num_out // LANES), -(-num_in * dtype.itemsize // 4) * 4 // dtype.itemsize
@@ -78,45 +77,48 @@ class NativeKernels(NativeSteps):
             )
         return PackedWeight(data, len(weights), num_out, num_in)
 
-    def _pack_integers(self, weight: Tensor, quantization: Quantization) -> PackedWeight:
-        num_out, num_in = weight.shape
-        assert weight.stride(1) == 1, weight.stride()
-        blocks, groups = -(-num_out // LANES), -(-num_in // INT4_GROUP)
+    def _pack_integers(self, weights: Sequence[Tensor], quantization: Quantization) -> PackedWeight:
+        num_out, num_in = weights[0].shape
+        count, blocks, groups = len(weights), -(-num_out // LANES), -(-num_in // INT4_GROUP)
         if quantization == "int8":
             pack = self._library.dr_pack_int8
-            data, scales = torch.empty(1, blocks * groups * 32 * LANES, dtype=torch.int8), torch.empty(blocks * LANES)
+            data = torch.empty(count, blocks * groups * 32 * LANES, dtype=torch.int8)
+            scales = torch.empty(count, blocks * LANES)
         else:
             pack = self._library.dr_pack_int4
-            data = torch.empty(1, blocks * groups * (INT4_GROUP // 8) * LANES, dtype=torch.int32)
-            scales = torch.empty(blocks * groups * LANES, dtype=torch.bfloat16)
-        pack(
-            ctypes.c_void_p(weight.data_ptr()),
-            ctypes.c_int64(weight.stride(0)),
-            DTYPES[weight.dtype],
-            ctypes.c_int64(num_out),
-            ctypes.c_int64(num_in),
-            ctypes.c_void_p(data.data_ptr()),
-            ctypes.c_void_p(scales.data_ptr()),
-            self._threads,
-        )
-        return PackedWeight(data, 1, num_out, num_in, scales)
+            data = torch.empty(count, blocks * groups * (INT4_GROUP // 8) * LANES, dtype=torch.int32)
+            scales = torch.empty(count, blocks * groups * LANES, dtype=torch.bfloat16)
+        for packed, own_scales, weight in zip(data, scales, weights, strict=True):
+            assert weight.shape == (num_out, num_in) and weight.stride(1) == 1, (weight.shape, weight.stride())
+            pack(
+                ctypes.c_void_p(weight.data_ptr()),
+                ctypes.c_int64(weight.stride(0)),
+                DTYPES[weight.dtype],
+                ctypes.c_int64(num_out),
+                ctypes.c_int64(num_in),
+                ctypes.c_void_p(packed.data_ptr()),
+                ctypes.c_void_p(own_scales.data_ptr()),
+                self._threads,
+            )
+        return PackedWeight(data, count, num_out, num_in, scales)
 
     def linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(x.shape[0], weight.num_out, dtype=out_dtype or x.dtype)
-        self._grouped([x.shape[0]], [x.data_ptr()], x, [weight], [weight.data.data_ptr()], [out.data_ptr()], out)
+        scales = [] if weight.scales is None else [weight.scales.data_ptr()]
+        self._grouped([x.shape[0]], [x.data_ptr()], x, weight, [weight.data.data_ptr()], scales, [out.data_ptr()], out)
         return out
 
     def per_head_linear(self, x: Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> Tensor:
         tokens, heads, _ = x.shape
         out = torch.empty(tokens, heads, weight.num_out, dtype=out_dtype or x.dtype)
         x_step, out_step = x.stride(1) * x.element_size(), out.stride(1) * out.element_size()
-        base, step = weight.data.data_ptr(), weight.data.stride(0) * weight.data.element_size()
         self._grouped(
             [tokens] * heads,
             [x.data_ptr() + head * x_step for head in range(heads)],
             x,
-            [weight],
-            [base + head * step for head in range(heads)],
+            weight,
+            [part.data_ptr() for part in weight.data],
+            [] if weight.scales is None else [part.data_ptr() for part in weight.scales],
             [out.data_ptr() + head * out_step for head in range(heads)],
             out,
         )
@@ -133,8 +135,9 @@ class NativeKernels(NativeSteps):
             rows,
             [x.data_ptr() + start * x_row for start in starts[:-1]],
             x,
-            weights,
+            weights[0],
             [weight.data.data_ptr() for weight in weights],
+            [weight.scales.data_ptr() for weight in weights if weight.scales is not None],
             [out.data_ptr() + start * out_row for start in starts[:-1]],
             out,
         )
@@ -145,17 +148,16 @@ class NativeKernels(NativeSteps):
         rows: Sequence[int],
         x_pointers: Sequence[int],
         x: Tensor,
-        weights: Sequence[PackedWeight],
+        like: PackedWeight,
         weight_pointers: Sequence[int],
+        scale_pointers: Sequence[int],
         out_pointers: Sequence[int],
         out: Tensor,
     ) -> None:
-        """One product per entry of `rows`; all of `weights` have one shape and dtype, those with scales one group."""
-        like = weights[0]
+        """One product per entry of `rows`; all weights have the shape and dtype of `like`."""
         assert x.shape[-1] == like.num_in and x.stride(-1) == 1, (x.shape, x.stride(), like.num_in)
         count = len(rows)
-        pointers = [weight.scales.data_ptr() for weight in weights if weight.scales is not None]
-        scales = (ctypes.c_void_p * count)(*pointers) if pointers else None
+        scales = (ctypes.c_void_p * count)(*scale_pointers) if scale_pointers else None
         self._library.dr_grouped_linear(
             ctypes.c_int64(count),
             (ctypes.c_int64 * count)(*rows),

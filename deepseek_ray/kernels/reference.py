@@ -75,21 +75,21 @@ class ReferenceKernels(Kernels):
 
 
 def pack_plainly(weights: Sequence[Tensor], quantization: Quantization | None) -> PackedWeight:
-    """`[groups, N, K]`; of integers also scales `[N, scales of an output]`, which only a single group has."""
+    """`[groups, N, K]`; of integers also scales `[groups, N, scales of an output]`."""
     num_out, num_in = weights[0].shape
     if quantization is None:
         data = torch.stack([weight.contiguous() for weight in weights])
         return PackedWeight(data, len(weights), num_out, num_in)
-    (weight,) = weights
-    integers, scales = quantize(weight, quantization)
-    return PackedWeight(integers.unsqueeze(0), 1, num_out, num_in, scales)
+    integers, scales = zip(*(quantize(weight, quantization) for weight in weights), strict=True)
+    return PackedWeight(torch.stack(integers), len(weights), num_out, num_in, torch.stack(scales))
 
 
 def matrices(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """[groups, N, K] in `dtype`, None for their own; mapped from a file, the data come as one row."""
     data = weight.data.view(weight.groups, weight.num_out, weight.num_in)
     if weight.scales is not None:
-        data = dequantize(data[0], weight.scales.view(weight.num_out, -1)).unsqueeze(0)
+        groups = zip(data, weight.scales.view(weight.groups, weight.num_out, -1), strict=True)
+        data = torch.stack([dequantize(integers, scales) for integers, scales in groups])
     return data if dtype is None else data.to(dtype)
 
 

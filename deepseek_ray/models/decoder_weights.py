@@ -45,6 +45,10 @@ class DecoderWeights:
             self.reader.let_go(name, weight)
         return packed
 
+    def heads(self, weights: list[Tensor]) -> PackedWeight:
+        """One layer for each head: 8 bits where others have fewer, for they are few and every query meets them."""
+        return self.kernels.pack(weights, self.quantization and "int8")
+
     def bias(self, name: str) -> Tensor | None:
         return self.plain(name, torch.float32) if name in self.reader else None
 

@@ -34,6 +34,9 @@ def test_products(dtype: torch.dtype, rows: int) -> None:
     torch.testing.assert_close(
         FAST.per_head_linear(wide, FAST.pack(heads)), SLOW.per_head_linear(wide, SLOW.pack(heads)), **tolerance(dtype)
     )
+    integers = FAST.pack(heads, "int8")
+    alone = FAST.linear(wide[:, 3], FAST.pack([heads[3]], "int8"))
+    torch.testing.assert_close(FAST.per_head_linear(wide, integers)[:, 3], alone, **tolerance(dtype))
 
 
 def test_the_gate_computes_in_the_weights_precision() -> None:

@@ -128,6 +128,16 @@ def test_per_head_linear_reads_strided_heads(kernels: Kernels) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_per_head_linear_meets_each_head_with_its_integers(kernels: Kernels, kind: Quantization) -> None:
+    weights = [random(24, 40, seed=seed) for seed in range(3)]
+    wide = random(5, 3, 48, seed=9)
+    out = kernels.per_head_linear(wide[..., :40], kernels.pack(weights, kind))
+    for head, weight in enumerate(weights):
+        alone = kernels.linear(wide[:, head, :40].contiguous(), kernels.pack([weight], kind))
+        assert torch.equal(out[:, head], alone), head
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_and_activation_equal_the_reference(native: NativeKernels, dtype: torch.dtype) -> None:
     reference = ReferenceKernels()

@@ -96,17 +96,19 @@ struct Maker {
     // Head h of x, `x_step` elements after the one before, meets weight h; its results are `out_step` further.
     void per_head(View x, int64_t x_step, const PackedMatrix& weight, int64_t heads, void* out, int64_t out_step,
                   int32_t dtype) const {
-        const int64_t bytes = (weight.num_out + kLanes - 1) / kLanes * weight.data_bytes;
+        const int64_t blocks = (weight.num_out + kLanes - 1) / kLanes;
         std::vector<int64_t> counts(heads, tokens);
-        std::vector<const void*> from(heads), weights(heads);
+        std::vector<const void*> from(heads), weights(heads), scales(heads);
         std::vector<void*> to(heads);
         for (int64_t h = 0; h < heads; ++h) {
             from[h] = at(x.data, h * x_step, x.dtype);
-            weights[h] = weight.data + h * bytes;
+            weights[h] = weight.data + h * blocks * weight.data_bytes;
+            scales[h] = weight.scales + h * blocks * weight.scale_bytes;
             to[h] = at(out, h * out_step, dtype);
         }
-        dr_grouped_linear(heads, counts.data(), from.data(), x.stride, x.dtype, weights.data(), weight.dtype, nullptr,
-                          to.data(), heads * out_step, dtype, weight.num_out, weight.num_in, threads);
+        dr_grouped_linear(heads, counts.data(), from.data(), x.stride, x.dtype, weights.data(), weight.dtype,
+                          weight.scales ? scales.data() : nullptr, to.data(), heads * out_step, dtype, weight.num_out,
+                          weight.num_in, threads);
     }
 
     Rows norm(View x, int64_t width, const float* weight, float eps) const {

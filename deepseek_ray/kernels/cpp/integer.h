@@ -152,9 +152,12 @@ struct Integer {
     static constexpr int64_t kUnits = kGroup * Bits / 32;  // of 4 bytes, for 32 inputs of an output
     static constexpr bool kMany = kRegisters == 32;
     static constexpr int kMaxRows = 6, kAloneRows = kMany ? 12 : kMaxRows;
-    // With few rows it pays to read several blocks at a time, though not all sums stay in registers then.
-    static constexpr int blocks_of(int rows) {
-        return !kMany ? few_registers_blocks(rows) : rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= kMaxRows ? 2 : 1;
+    // With AVX-512 it pays to read several blocks at a time with few rows, though not all sums stay in registers then. Not
+    // so with int4, whose scales are read beside the weights.
+    static constexpr int blocks_of(int rows, bool alone) {
+        if (!kMany) return few_registers_blocks(rows);
+        if (Bits == 4 && alone) return 1;
+        return rows <= 2 ? 4 : rows <= 4 ? 3 : rows <= kMaxRows ? 2 : 1;
     }
     using Weight = uint32_t;
     using Rows = RoundedRows;

@@ -47,7 +47,7 @@ struct Floating {
     static constexpr bool kMany = kRegisters == 32;
     static constexpr int kMaxRows = kMany ? 8 : 6, kAloneRows = kMany ? 12 : 6;
     // Of 24 sums, 8 by 3 load the least for what they add: 12 by 2 wait for loads.
-    static constexpr int blocks_of(int rows) {
+    static constexpr int blocks_of(int rows, bool) {
         return !kMany ? few_registers_blocks(rows) : rows <= 4 ? 4 : rows <= kMaxRows ? 3 : 2;
     }
     using Weight = W;

@@ -5,8 +5,9 @@
 //   Kind::Store                      inputs as the tiles want them, of all groups; made once per product
 //   Kind::kStep                      inputs that are taken together: runs of inputs begin at multiples of it
 //   Kind::block_stride(K)            elements of Weight in a block of 16 columns
-//   Kind::kMaxRows, blocks_of(rows)  the largest tile: its sums fit the registers
+//   Kind::kMaxRows                   the largest tile of several
 //   Kind::kAloneRows                 rows that one tile takes if they are all there are: weights are read once
+//   Kind::blocks_of(rows, alone)     blocks of a tile: its sums fit the registers
 //   Kind::tile<R, B>(...)            R rows by B blocks over the inputs [k0, k1)
 //
 // A row's bits never depend on the other rows, on their number or on the number of threads: every output element has an
@@ -87,19 +88,19 @@ struct Product {
     }
 
     // R rows of the blocks [first, last): groups of B(R) as long as there are, and the rest one by one.
-    template <int R>
+    template <int R, bool Alone>
     void run_rows(int64_t row, int64_t first, int64_t last, int64_t k0, int64_t k1, Carry carry) const {
-        constexpr int B = Kind::blocks_of(R);
+        constexpr int B = Kind::blocks_of(R, Alone);
         int64_t b = first;
         for (; b + B <= last; b += B) run_tile<R, B>(row, b, k0, k1, {carry.of(0, int(b - first)), carry.stride});
         for (; b < last; ++b) run_tile<R, 1>(row, b, k0, k1, {carry.of(0, int(b - first)), carry.stride});
     }
 
-    template <int R = Kind::kAloneRows>
+    template <bool Alone, int R = Alone ? Kind::kAloneRows : Kind::kMaxRows>
     void run_rows_of(int64_t count, int64_t row, int64_t first, int64_t last, int64_t k0, int64_t k1, Carry carry) const {
         if constexpr (R > 0) {
-            if (count == R) run_rows<R>(row, first, last, k0, k1, carry);
-            else run_rows_of<R - 1>(count, row, first, last, k0, k1, carry);
+            if (count == R) run_rows<R, Alone>(row, first, last, k0, k1, carry);
+            else run_rows_of<Alone, R - 1>(count, row, first, last, k0, k1, carry);
         }
     }
 
@@ -113,17 +114,21 @@ struct Product {
         const int64_t panels = (rows + kPanel - 1) / kPanel;
         for (int64_t p = 0; p < panels; ++p) {
             const int64_t begin = rows * p / panels, height = rows * (p + 1) / panels - begin;
-            const int64_t tiles = height <= Kind::kAloneRows ? 1 : (height + Kind::kMaxRows - 1) / Kind::kMaxRows;
-            const int64_t group = Kind::blocks_of(int((height + tiles - 1) / tiles));  // of the tallest tile
+            if (height <= Kind::kAloneRows) {
+                run_rows_of<true>(height, begin, first, last, 0, num_in, {});
+                continue;
+            }
+            const int64_t tiles = (height + Kind::kMaxRows - 1) / Kind::kMaxRows;
+            const int64_t group = Kind::blocks_of(int((height + tiles - 1) / tiles), false);  // of the tallest tile
             const int64_t inputs = tiles > 2 ? kInputs : num_in;
             if (tiles > 2) sums.resize(size_t((last - first) * height * kLanes));
             for (int64_t k0 = 0; k0 < num_in; k0 += inputs)
-                for (int64_t b = first; b < last; b += tiles > 1 ? group : last - first)
+                for (int64_t b = first; b < last; b += group)
                     for (int64_t t = 0; t < tiles; ++t) {
                         const int64_t top = height * t / tiles, count = height * (t + 1) / tiles - top;
                         const Carry carry{sums.data() + ((b - first) * height + top) * kLanes, height * kLanes};
-                        run_rows_of(count, begin + top, b, tiles > 1 ? std::min(last, b + group) : last, k0,
-                                    std::min(num_in, k0 + inputs), carry);
+                        run_rows_of<false>(count, begin + top, b, std::min(last, b + group), k0,
+                                           std::min(num_in, k0 + inputs), carry);
                     }
         }
     }

@@ -7,7 +7,9 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import httpx
 import uvicorn
 from fakes import FakeDecoder, FakeShape, byte_tokenizer
 
@@ -147,3 +149,13 @@ def listening(app: HttpApp) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert response.headers["x-request-id"]
+    return error

@@ -18,6 +18,7 @@ import pytest
 from deepseek_ray.errors import LinkClosedError, LinkError
 from deepseek_ray.links import shared_memory
 from deepseek_ray.links.base import Link
+from deepseek_ray.links.channel import SocketWait
 from deepseek_ray.links.frame import DtypeCode, Frame, FrameKind
 from deepseek_ray.links.stream import StreamLink
 
@@ -345,3 +346,20 @@ def test_closing_wakes_whoever_waits(link_pair: Pair, medium: str) -> None:
         for job in jobs:
             with pytest.raises(LinkClosedError, match="closed here"):
                 job.result(10)
+
+
+def test_links_work_without_epoll(link_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to wait on systems other than Linux, which Linux has as well."""
+    monkeypatch.setattr("deepseek_ray.links.stream.socket_wait", SocketWait)
+    client, server = link_pair("tcp")
+    payload = random.Random(0).randbytes(20 << 20)
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(client.send, Frame(FrameKind.EXPERT_CALL, payload))
+        frame = server.receive(20)
+        assert frame is not None
+        assert frame.payload == payload
+        sending.result(20)
+    assert server.receive(0) is None
+    client.close()
+    with pytest.raises(LinkClosedError):
+        server.receive(10)

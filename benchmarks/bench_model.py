@@ -3,17 +3,20 @@ a model of its kind that costs next to nothing."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from deepseek_ray.config.model import ModelConfig
 from deepseek_ray.data.tokenizer_training import save_tokenizer, train_tokenizer
+from deepseek_ray.models.checkpoint import INDEX_FILE
 from deepseek_ray.models.save import save_checkpoint
-from deepseek_ray.models.shapes import parameter_shapes
+from deepseek_ray.models.shapes import CORRECTION_BIAS, parameter_shapes
 
 BENCH_MINI = ModelConfig.parse(
     {
@@ -69,6 +72,27 @@ def bench_mini_dir(root: Path = Path(".cache/bench")) -> Path:
     if not (directory / "tokenizer.json").exists():
         texts = (path.read_text(errors="ignore") for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")))
         save_tokenizer(train_tokenizer(texts, BENCH_MINI.vocab_size), directory)
+    return directory
+
+
+def uneven_bench_mini_dir(strength: float, root: Path = Path(".cache/bench")) -> Path:
+    """bench-mini whose gates favour some experts: the expert of rank r, another one in each layer, has the correction
+    bias -strength * ln(1 + r). Everything else is read where bench-mini has it."""
+    even = bench_mini_dir(root)
+    directory = root / f"bench-mini-uneven-{strength:g}"
+    directory.mkdir(exist_ok=True)
+    for path in even.iterdir():
+        if path.name != INDEX_FILE and not (directory / path.name).exists():
+            (directory / path.name).symlink_to(path.resolve())
+    generator = torch.Generator().manual_seed(0)
+    biases = {}
+    for layer in BENCH_MINI.moe_layers:
+        ranks = torch.randperm(BENCH_MINI.n_routed_experts, generator=generator)
+        biases[f"model.layers.{layer}.{CORRECTION_BIAS}"] = -strength * (1 + ranks).log()
+    save_file(biases, directory / "biases.safetensors")
+    index = json.loads((even / INDEX_FILE).read_text())
+    index["weight_map"] |= dict.fromkeys(biases, "biases.safetensors")
+    (directory / INDEX_FILE).write_text(json.dumps(index))
     return directory
 
 

@@ -69,11 +69,19 @@ def actors_driver(model_dir: str, threads: int) -> Measure:
     return measure_backend(ActorsBackend(actors_config(model_dir, threads)))
 
 
+def one_replica_driver(model_dir: str, threads: int) -> Measure:
+    """Each of two shards has its half of the experts."""
+    from deepseek_ray.actors.offline import ActorsBackend
+
+    return measure_backend(ActorsBackend(local_config(model_dir, threads)))
+
+
 DRIVERS: dict[str, Callable[[str, int], Measure]] = {
     "transformers": transformers_driver,
     "local": local_driver,
     "bfloat16": local_driver,
     "actors": actors_driver,
+    "one replica": one_replica_driver,
     "fast": fast_driver,
     "int8": functools.partial(local_driver, quantization="int8"),
     "int4": functools.partial(local_driver, quantization="int4"),

@@ -9,6 +9,7 @@ BENCHMARKS = (
     *(
         "frame_round_trip",
         "generation",
+        "uneven_load",
         "step_profile",
         "startup",
         "quantization",

@@ -5,7 +5,7 @@ python -m benchmarks.tables
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from benchmarks.sections.generation import (
     speculation_section,
     startup_section,
     step_profile_section,
+    uneven_load_section,
 )
+from benchmarks.sections.goals import goals_section
 from benchmarks.sections.gpu import gpu_decode_section, gpu_kernels_section
 from benchmarks.sections.placement import placement_section
 from benchmarks.sections.serving import frames_section, http_section, long_context_section, simulation_section
@@ -34,6 +36,7 @@ This page is written by `python -m benchmarks.tables` from `benchmarks/results/`
 def main() -> None:
     written = {
         "generation": generation_section,
+        "uneven_load": uneven_load_section,
         "step_profile": step_profile_section,
         "startup": startup_section,
         "quantization": quantization_section,
@@ -49,9 +52,22 @@ def main() -> None:
         "gpu_decode": gpu_decode_section,
         "gpu_kernels": gpu_kernels_section,
     }
-    sections = [_HEAD, *(text for what, section in written.items() for text in _sections(what, section))]
+    sections = [
+        _HEAD,
+        goals_section(_results_by_hardware(written)),
+        *(text for what, section in written.items() for text in _sections(what, section)),
+    ]
     PAGE.write_text("\n".join(sections), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(RESULTS.parent.parent)}")
+
+
+def _results_by_hardware(questions: Iterable[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of machines that generation was measured on, which most goals are about."""
+    measured = {what: newest_by_hardware(what) for what in questions}
+    return {
+        hardware: {what: results[hardware] for what, results in measured.items() if hardware in results}
+        for hardware in measured["generation"]
+    }
 
 
 def write_between_marks(page: Path, name: str, text: str) -> None:

@@ -116,6 +116,32 @@ def quantization_section(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def uneven_load_section(result: dict[str, Any]) -> str:
+    """Decode where gates favour some experts, beside decode where they do not."""
+    even = {(row["system"], row["sequences"]): row for row in result["rows"] if not row["strength"]}
+    lines = [
+        "## Uneven expert loads",
+        "",
+        "bench-mini, and bench-mini whose gates favour some experts; two shards hold all experts each (`actors`) or "
+        f"half of them (`one replica`). {measured_on(result)}, {result['threads']} threads, medians of "
+        f"{result['rounds']} rounds in turns (`{result['file']}`). Fewer experts are read then, "
+        "which makes a step shorter.",
+        "",
+        "| busiest expert over the mean | sequences | system | decode tokens/s | against even loads | against local |",
+        "|---|---|---|---|---|---|",
+    ]
+    speeds = {
+        (row["strength"], row["system"], row["sequences"]): row["decode_tokens_per_second"] for row in result["rows"]
+    }
+    for row in result["rows"]:
+        speed, system, sequences = row["decode_tokens_per_second"], row["system"], row["sequences"]
+        before = speed / even[system, sequences]["decode_tokens_per_second"]
+        local = speed / speeds[row["strength"], "local", sequences]
+        cells = [f"{row['busiest_over_mean']:.1f}", f"{sequences}", system, f"{speed:.1f}", f"{before:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} | {local:.2f}x |")
+    return "\n".join([*lines, ""])
+
+
 def speculation_section(result: dict[str, Any]) -> str:
     """Drafts of a trained model, and what a draft costs a large one."""
     lines = [

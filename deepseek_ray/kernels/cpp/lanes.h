@@ -165,42 +165,43 @@ inline void store_some(Vec x, void* p, int64_t count, int32_t dtype) {
     if (count < kLanes) std::memcpy(p, part, size_t(count) * (dtype == kFloat32 ? 4 : 2));
 }
 
-// A fixed tree: lane i + lane i + 8, of those i and i + 4, then i + 2, then i + 1.
-inline float sum_lanes(Vec x) {
+// A fixed tree: lane i with lane i + 8, of those i with i + 4, then i + 2, then i + 1.
+template <typename Two>
+inline float fold_lanes(Vec x) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
-    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.v),
-                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1)));
+    __m256 eight = Two::of(_mm512_castps512_ps256(x.v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1)));
 #else
-    __m256 eight = _mm256_add_ps(x.lo, x.hi);
+    __m256 eight = Two::of(x.lo, x.hi);
 #endif
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+    __m128 four = Two::of(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = Two::of(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(Two::of(two, _mm_shuffle_ps(two, two, 1)));
 #else
     float t[kLanes]; x.store(t);
-    for (int step = 8; step; step >>= 1) for (int i = 0; i < step; ++i) t[i] += t[i + step];
+    for (int step = 8; step; step >>= 1) for (int i = 0; i < step; ++i) t[i] = Two::of(t[i], t[i + step]);
     return t[0];
 #endif
 }
-// By the same tree. Where one of two is no number, the second is taken.
-inline float max_lanes(Vec x) {
+
+struct Sum {
+    static inline float of(float a, float b) { return a + b; }
 #if defined(__AVX2__)
-#if defined(__AVX512F__)
-    __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x.v),
-                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1)));
-#else
-    __m256 eight = _mm256_max_ps(x.lo, x.hi);
+    static inline __m128 of(__m128 a, __m128 b) { return _mm_add_ps(a, b); }
+    static inline __m256 of(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
 #endif
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
-#else
-    float t[kLanes]; x.store(t);
-    for (int step = 8; step; step >>= 1) for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
-    return t[0];
+};
+
+struct Larger {  // the second, where one is no number
+    static inline float of(float a, float b) { return a > b ? a : b; }
+#if defined(__AVX2__)
+    static inline __m128 of(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
+    static inline __m256 of(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 #endif
-}
+};
+
+inline float sum_lanes(Vec x) { return fold_lanes<Sum>(x); }
+inline float max_lanes(Vec x) { return fold_lanes<Larger>(x); }
 
 // Cephes expf: range reduction by ln 2 in two parts, degree-5 polynomial. Below -87.3 it is 0, above 88.37 very large;
 // NaN stays NaN.

@@ -24,7 +24,7 @@ inline void pause() {
 }
 
 // How long a thread looks for work before it sleeps: longer than it takes in Python from one operator to the next and from
-// one step to the next. To be woken takes 50 us, which a step of one sequence in int4 felt ten times.
+// one step to the next. To be woken takes 50 us: without it, a step of one sequence in int4 takes 0.86 of its time.
 constexpr std::chrono::microseconds kSpin{400};
 
 template <typename Ready>

@@ -154,25 +154,28 @@ def measure(systems: Sequence[str], rounds: int, threads: int) -> dict[str, Any]
 
 
 def plot(rows: list[dict[str, Any]], bounds: dict[int, float], path: Path) -> None:
-    """Decode speed of every system at every number of sequences, and the machine's limit as a line."""
+    """Decode, with the machine's limit as a line, and prefill of every system at every number of sequences."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(bounds), figsize=(11, 3.6), layout="constrained")
-    for axis, (sequences, bound) in zip(axes, bounds.items(), strict=True):
+    figure, axes = pyplot.subplots(2, len(bounds), figsize=(11, 7.2), layout="constrained")
+    for column, (sequences, bound) in enumerate(bounds.items()):
         own = [row for row in rows if row["sequences"] == sequences]
         colours = ["tab:grey" if row["system"] in ("transformers", *PEERS) else "tab:blue" for row in own]
         names = [row["system"] for row in own]
-        bars = axis.barh(names, [row["decode_tokens_per_second"] for row in own], color=colours)
-        axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-        axis.axvline(1000 * sequences / bound, color="black", linewidth=1, linestyle="--", label="limit, bfloat16")
-        axis.set_title(f"{sequences} sequence{'s' if sequences > 1 else ''}")
-        axis.set_xlabel("decode tokens/s")
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-    axes[0].legend(fontsize=8, loc="upper right")
+        for axis, phase in zip(axes[:, column], ("decode", "prefill"), strict=True):
+            bars = axis.barh(names, [row[f"{phase}_tokens_per_second"] for row in own], color=colours)
+            axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+            axis.set_xlabel(f"{phase} tokens/s")
+            axis.invert_yaxis()
+            axis.margins(x=0.15)
+        limit = 1000 * sequences / bound
+        axes[0, column].axvline(limit, color="black", linewidth=1, linestyle="--", label="limit, bfloat16")
+        axes[0, column].set_title(f"{sequences} sequence{'s' if sequences > 1 else ''}")
+        axes[1, column].set_title(f"{own[0]['sequences']} x {own[0]['prompt']}")
+    axes[0, 0].legend(fontsize=8, loc="upper right")
     figure.savefig(path, dpi=110)
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of `docs/performance.md` from the newest results files of each machine.
+"""Writes the tables and plots of `docs/performance.md` from the newest results files of each machine.
 
 python -m benchmarks.tables
 """
@@ -21,6 +21,7 @@ from benchmarks.sections.generation import (
 from benchmarks.sections.goals import goals_section
 from benchmarks.sections.gpu import gpu_decode_section, gpu_kernels_section
 from benchmarks.sections.placement import placement_section
+from benchmarks.sections.plots import PANELS, draw
 from benchmarks.sections.serving import frames_section, http_section, long_context_section, simulation_section
 from benchmarks.sections.training import strategies_section, training_section, tuning_section
 
@@ -84,6 +85,10 @@ def _sections(what: str, section: Callable[[dict[str, Any]], str]) -> Iterator[s
     measured = newest_by_hardware(what)
     for hardware, result in measured.items():
         heading, _, text = section(result).partition("\n")
+        if what in PANELS:
+            plot = (RESULTS / result["file"]).with_suffix(".png")
+            draw(PANELS[what](result), plot)
+            text += f"\n![the same as bars](../benchmarks/results/{plot.name})\n"
         yield f"{heading}{f' ({hardware})' if len(measured) > 1 else ''}\n{text}"
 
 

@@ -17,7 +17,7 @@ OWN = ("local", "actors")
 
 def generation_section(result: dict[str, Any]) -> str:
     """Tokens per second of each system, against the best peer of the same run and against the machine's limit."""
-    rows = {(row["system"], row["sequences"]): row for row in result["rows"]}
+    rows = rows_of(result)
     bounds = {int(sequences): bound for sequences, bound in result["roofline_step_milliseconds"].items()}
     plot = Path(result["file"]).with_suffix(".png").name
     lines = [
@@ -37,7 +37,7 @@ def generation_section(result: dict[str, Any]) -> str:
             cells = [f"{sequences} x {row['prompt']}", system]
             for phase in ("prefill", "decode"):
                 speed = row[f"{phase}_tokens_per_second"]
-                cells += [f"{speed:.1f}", f"{speed / _best_peer(rows, sequences, phase):.2f}x"]
+                cells += [f"{speed:.1f}", f"{speed / best(rows, PEERS, sequences, phase):.2f}x"]
             cells.append(f"{bounds[sequences] / row['decode_step_milliseconds']:.2f}")
             lines.append(f"| {' | '.join(cells)} |")
     ready = ", ".join(f"{system} {seconds:.1f} s" for system, seconds in result["ready_seconds"].items())
@@ -50,8 +50,13 @@ def generation_section(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _best_peer(rows: Rows, sequences: int, phase: str) -> float:
-    return max(rows[peer, sequences][f"{phase}_tokens_per_second"] for peer in PEERS if (peer, sequences) in rows)
+def rows_of(result: dict[str, Any]) -> Rows:
+    return {(row["system"], row["sequences"]): row for row in result["rows"]}
+
+
+def best(rows: Rows, systems: tuple[str, ...], sequences: int, phase: str) -> float:
+    """Tokens per second of the best of `systems` that were there, in the phase "prefill" or "decode"."""
+    return max(rows[name, sequences][f"{phase}_tokens_per_second"] for name in systems if (name, sequences) in rows)
 
 
 def _deterministic(rows: Rows) -> list[str]:
